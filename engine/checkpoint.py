@@ -1,0 +1,138 @@
+"""Reading and writing checkpoint files."""
+
+import hashlib
+import io
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError, about
+
+ROOT = Path(__file__).resolve().parent.parent
+LAST = "last.t7"
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint, in torch's zip or pre-zip format, onto the CPU without running its code.
+
+    A directory stands for the last.t7 in it. Raises UserError naming the file and what is wrong.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / LAST
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"{path}: may not be read (permission denied)") from error
+    except pickle.UnpicklingError as error:
+        named = re.search(
+            r"Unsupported (?:global|class|operand).*?(?=\s+was not|\.\s|\n|$)", str(error)
+        )
+        if named:
+            reason = f"its pickle wants to run code ({named[0]}), which is never done"
+        else:
+            reason = "no checkpoint, or a damaged one"
+        raise UserError(f"{path}: {reason}") from error
+    except Exception as error:  # torch.load raises anything at all on damaged files
+        raise UserError(f"{path}: truncated, damaged or no checkpoint") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    return dict(content)
+
+
+def write(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write a checkpoint so that at any moment the file is the old one or the new one, whole.
+
+    Raises UserError when it cannot be written; the old file then stays as it was.
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with about(path):
+        try:
+            with open(partial, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def base_directory(model: str) -> Path:
+    """Where the pretrained ResNets of a model are kept."""
+    return ROOT / "cv" / "pretrained" / model
+
+
+def find_base(model: str, given: str | None) -> Path:
+    """The pretrained ResNet: the one given, or the only one in cv/pretrained/<model>/.
+
+    Raises UserError, saying how to get one, when there is none or a choice is needed.
+    """
+    if given is not None:
+        return Path(given)
+    folder = base_directory(model)
+    found = sorted(folder.glob("pk_E_*_A_*.t7"))
+    if not found:
+        raise UserError(
+            f"no pretrained ResNet for {model} in {shown(folder)}: train one with "
+            f"`python pretrain.py --model {model}`, or name a file with --base"
+        )
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"several ResNets in {shown(folder)} ({names}): choose with --base")
+    return found[0]
+
+
+def shown(path: Path) -> Path:
+    """A path as a user would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def resnet_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str, torch.Tensor]:
+    """The ResNet's tensors in a pretrained file or stage-2 checkpoint."""
+    for key in ("state_dict", "resnet"):
+        if isinstance(content.get(key), Mapping):
+            return content[key]
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return content  # a bare state dict, as torchvision publishes
+    if "agent" in content:
+        raise UserError(f"{path}: a stage-1 checkpoint, which holds no ResNet")
+    raise UserError(f"{path}: holds no ResNet (neither state_dict nor resnet)")
+
+
+def policy_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str, torch.Tensor]:
+    """The policy network's tensors, under the released code's newer or older key."""
+    for key in ("agent", "net"):
+        if isinstance(content.get(key), Mapping):
+            return content[key]
+    what = "a pretrained ResNet" if "state_dict" in content else "no BlockDrop checkpoint"
+    raise UserError(f"{path}: {what}, without a policy network (neither agent nor net)")
+
+
+def check_model(content: Mapping[str, Any], path: str | Path, model: str, num_blocks: int) -> None:
+    """Refuse a checkpoint that says, or whose policy shows, that it is for another model."""
+    other = content.get("model")
+    policy = content.get("agent", content.get("net", {}))
+    bias = next((t for n, t in policy.items() if n.endswith("logit.bias")), None)
+    blocks = num_blocks if bias is None else len(bias)
+    if (other or model) != model or blocks != num_blocks:
+        named = f"{other} ({blocks} blocks)" if other else f"{blocks} blocks"
+        raise UserError(f"{path} is for {named}, not {model} ({num_blocks})")
+
+
+def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the names and bytes of all tensors: the same weights, the same fingerprint."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

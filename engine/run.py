@@ -1,0 +1,240 @@
+"""A training run: its device, its directory of checkpoints and logs, and how it goes on after a stop."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboardX import SummaryWriter
+from torch import nn
+from tqdm import tqdm
+
+from . import checkpoint, device
+from .errors import UserError, about
+
+STAGES = {0: "a pretrained ResNet", 1: "a stage-1 checkpoint", 2: "a stage-2 checkpoint"}
+HINTS = {
+    0: "give it to the stages with --base",
+    1: "start stage 2 from it with finetune.py --pretrained",
+    2: "go on from it with finetune.py",
+}
+
+
+class Run:
+    """One run of a stage script (0 pretrain, 1 curriculum, 2 finetune), used as a context.
+
+    On entry nothing is written but the directory. What `track` is given goes into every checkpoint
+    and comes back from the one that `--load` names. All random numbers of epoch t are drawn from
+    generators seeded with (seed, t), so a resumed epoch is the epoch that was interrupted.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, stage: int, model: str, num_blocks: int, cv_dir: str
+    ):
+        self.args, self.stage, self.model = args, stage, model
+        self.device = device.pick()
+        self.done = 0
+        self.tracked: dict[str, Any] = {}
+        self.loaded: dict[str, Any] = {}
+        self.extras: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
+        self.log_dir: SummaryWriter | None = None
+        self.source = args.load
+        if args.load:
+            self.loaded = checkpoint.read(args.load)
+            self._check_stage()
+            checkpoint.check_model(self.loaded, args.load, model, num_blocks)
+            self.done = int(self.loaded.get("epoch", 0))
+            folder = Path(args.load)
+            cv_dir = cv_dir if args.cv_dir else str(folder if folder.is_dir() else folder.parent)
+        self.cv_dir = Path(args.cv_dir or cv_dir)
+        self._claim_directory()
+        device.seed_everything(args.seed, 0)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self.log_dir:
+            self.log_dir.close()
+        last = self.cv_dir / checkpoint.LAST
+        if error is not None and last.exists():
+            error.add_note(f"epoch {self.done} is kept; go on with --load {last}")
+
+    def track(
+        self, name: str, part: Any, load: Callable[[Any, Mapping], None] | None = None
+    ) -> None:
+        """Put a module or optimizer into the checkpoints under `name`, and restore it after --load.
+
+        load(part, state) restores it where the plain `load_state_dict` would not do.
+        """
+        self.tracked[name] = part
+        if not self.loaded:
+            return
+        with about(self.source):
+            if isinstance(part, torch.optim.Optimizer):
+                self._restore_optimizer(part, self.loaded.get(name))
+            elif name == "agent":
+                load(part, checkpoint.policy_weights(self.loaded, self.source))
+            else:
+                load(part, checkpoint.resnet_weights(self.loaded, self.source))
+
+    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, state: Any) -> None:
+        """Moments come from the checkpoint, hyperparameters from the command line."""
+        if state is None:  # the released code saves none
+            tqdm.write(f"{self.source} holds no optimizer state: it starts afresh", file=sys.stderr)
+            return
+        own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, options in zip(optimizer.param_groups, own, strict=True):
+            group.update(options)
+
+    def _check_stage(self) -> None:
+        stage = stage_of(self.loaded)
+        if stage != self.stage:
+            raise UserError(
+                f"{self.source}: {STAGES[stage]} cannot be continued here: {HINTS[stage]}"
+            )
+
+    def _claim_directory(self) -> None:
+        """Make sure that cv_dir can be written and holds no other run."""
+        if self.cv_dir.joinpath(checkpoint.LAST).exists() and not self.args.load:
+            raise UserError(
+                f"{self.cv_dir} already holds a run: go on with --load {self.cv_dir}, "
+                "or choose another --cv_dir"
+            )
+        with about(self.cv_dir):
+            self.cv_dir.mkdir(parents=True, exist_ok=True)
+            probe = self.cv_dir / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs still to run, counted from 1; after each, metrics and last.t7 are written."""
+        if self.done >= self.args.max_epochs:
+            tqdm.write(f"{self.source}: all {self.args.max_epochs} epochs are done")
+            return
+        self._open_logs()
+        if not self.loaded:
+            self.save(checkpoint.LAST)
+        for epoch in range(self.done + 1, self.args.max_epochs + 1):
+            device.seed_everything(self.args.seed, epoch)
+            self.metrics = {"epoch": epoch}
+            start = time.perf_counter()
+            yield epoch
+            self.metrics["seconds"] = round(time.perf_counter() - start, 3)
+            with about(self.cv_dir), open(self.cv_dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.metrics) + "\n")
+            self.done = epoch
+            self.save(checkpoint.LAST)
+
+    def tests(self, epoch: int) -> bool:
+        """Whether this epoch ends with an evaluation: every so often, and always the last."""
+        return epoch % self.args.test_every == 0 or epoch == self.args.max_epochs
+
+    def log(self, line: str, split: str, **figures: float) -> None:
+        """Print a line, and put figures into metrics.jsonl and TensorBoard as <split>_<name>."""
+        if self.args.subset:
+            line += f" | first {self.args.subset} images only"
+        tqdm.write(line)
+        sys.stdout.flush()
+        for name, value in figures.items():
+            self.metrics[f"{split}_{name}"] = value
+            self.log_dir.add_scalar(f"{split}_{name}", value, self.metrics["epoch"])
+
+    def log_policies(
+        self,
+        split: str,
+        accuracy: float,
+        reward: float,
+        sparsity: float,
+        variance: float,
+        policy_set: set,
+    ) -> None:
+        """Log `utils.performance_stats` in the released code's format."""
+        head = f"E: {self.metrics['epoch']} |" if split == "train" else "TS -"
+        unique = len(policy_set)
+        self.log(
+            f"{head} A: {accuracy:.3f} | R: {reward:.2E} | S: {sparsity:.3f} | V: {variance:.3f} "
+            f"| #: {unique}",
+            split,
+            accuracy=accuracy,
+            reward=reward,
+            sparsity=sparsity,
+            variance=variance,
+            unique_policies=unique,
+        )
+
+    def save_evaluated(self) -> None:
+        """Write the named checkpoint of an epoch whose test figures were logged."""
+        figures = self.metrics
+        epoch, accuracy, reward = (figures[k] for k in ("epoch", "test_accuracy", "test_reward"))
+        blocks, unique = figures["test_sparsity"], figures["test_unique_policies"]
+        self.save(
+            f"ckpt_E_{epoch}_A_{accuracy:.3f}_R_{reward:.2E}_S_{blocks:.2f}_#_{unique}.t7",
+            acc=accuracy,
+            reward=reward,
+        )
+
+    def save(self, name: str, **figures: float) -> None:
+        """Write a checkpoint from which the run goes on exactly."""
+        content = {name: cpu(part.state_dict()) for name, part in self.tracked.items()}
+        content |= {"model": self.model, "stage": self.stage, "args": vars(self.args)}
+        content |= {"epoch": self.metrics.get("epoch", self.done), **self.extras, **figures}
+        checkpoint.write(content, self.cv_dir / name)
+
+    def _open_logs(self) -> None:
+        args_file, commands = self.cv_dir / "args.txt", self.cv_dir / "command.txt"
+        with about(self.cv_dir):
+            lines = [f"{name}: {value}" for name, value in sorted(vars(self.args).items())]
+            args_file.write_text("\n".join(lines) + "\n")
+            with open(commands, "a" if self.loaded else "w") as file:
+                file.write(shlex.join(["python", *sys.argv]) + "\n")
+            self._forget_after(self.done)
+            self.log_dir = SummaryWriter(
+                str(self.cv_dir / "log"), purge_step=self.done + 1 if self.loaded else None
+            )
+
+    def _forget_after(self, epoch: int) -> None:
+        """Drop metrics of epochs that are about to be run again."""
+        path = self.cv_dir / "metrics.jsonl"
+        if not path.exists():
+            return
+        lines = path.read_text().splitlines(keepends=True) if self.loaded else []
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch
+        ]
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+
+
+def stage_of(content: Mapping[str, Any]) -> int:
+    """Which stage wrote a checkpoint; the released code's are told by what they hold."""
+    if "stage" in content:
+        return content["stage"]
+    if "state_dict" in content:
+        return 0
+    return 2 if "resnet" in content else 1
+
+
+def cpu(state: Any) -> Any:
+    """The same nested state with every tensor on the CPU, so that any machine can read it."""
+    if isinstance(state, torch.Tensor):
+        return state.cpu()
+    if isinstance(state, Mapping):
+        return {key: cpu(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [cpu(value) for value in state]
+    return state
+
+
+def place(module: nn.Module, on: torch.device) -> nn.Module:
+    """Move a network to the run's device, its convolutions channels_last."""
+    return module.to(on, memory_format=torch.channels_last)

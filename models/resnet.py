@@ -1,0 +1,165 @@
+"""ResNets that run, for each image, only the residual blocks that its policy keeps."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import execution
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Residual branch F of two 3x3 convolutions; the caller adds the shortcut and the relu."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.bn2(self.conv2(x))
+
+
+class Bottleneck(nn.Module):
+    """Residual branch F of 1x1, 3x3, 1x1 convolutions, the stride on the 3x3 as in torchvision."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        return self.bn3(self.conv3(x))
+
+
+class PoolAndPad(nn.Module):
+    """Parameter-free shortcut: 2x2 average pooling, then zero channels up to `out_channels`."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.extra_channels = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, self.extra_channels))
+
+
+class ResNet(nn.Module):
+    """What all ResNets here share: stages of blocks, run under a policy (paper, section 3.1).
+
+    With u the policy and F_k the k-th residual branch, y_{k+1} = relu(shortcut(y_k) + F_k(y_k))
+    where u_k = 1, and shortcut(y_k) where u_k = 0. With `num_classes` None there is no `fc` and
+    the output is the pooled features, (B, `num_features`).
+    """
+
+    def __init__(
+        self, block: type, stages: Sequence[int], widths: Sequence[int], stem_channels: int
+    ):
+        super().__init__()
+        self.stages = tuple(stages)
+        self.num_blocks = sum(stages)
+        self.num_features = widths[-1] * block.expansion
+        self.execution = "sparse"
+        self.blocks = nn.ModuleList()
+        self.ds = nn.ModuleList()
+        in_channels = stem_channels
+        for stage, (depth, width) in enumerate(zip(stages, widths, strict=True)):
+            stride = 1 if stage == 0 else 2
+            self.ds.append(self.shortcut(in_channels, width * block.expansion, stride))
+            branches = [block(in_channels, width, stride)]
+            in_channels = width * block.expansion
+            branches += [block(in_channels, width) for _ in range(depth - 1)]
+            self.blocks.append(nn.ModuleList(branches))
+
+    def finish(self, num_classes: int | None) -> None:
+        """Append the classifier and initialise all weights (He normal by fan-out, BatchNorm 1, 0)."""
+        self.fc = None if num_classes is None else nn.Linear(self.num_features, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def units(self) -> list[tuple[nn.Module, nn.Module]]:
+        """All K blocks in order, as (residual branch, shortcut)."""
+        identity = nn.Identity()
+        return [
+            (branch, ds if b == 0 else identity)
+            for branches, ds in zip(self.blocks, self.ds, strict=True)
+            for b, branch in enumerate(branches)
+        ]
+
+    def forward(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
+        """Class scores of a batch, each image running exactly the blocks its policy keeps.
+
+        x: (B, 3, H, W). policy: (B, K) of 0/1 in any dtype; None keeps every block.
+        Returns (B, num_classes). Raises ValueError when the policy has another shape.
+        """
+        if policy is not None and policy.shape != (len(x), self.num_blocks):
+            raise ValueError(
+                f"policy has shape {tuple(policy.shape)}, not {(len(x), self.num_blocks)}: "
+                "one row an image, one column a block"
+            )
+        x = self.stem(x)
+        if policy is None:
+            for branch, shortcut in self.units():
+                x = execution.full(branch, shortcut, x)
+        else:
+            x = execution.FORMS[self.execution](self.units(), x, policy)
+        return self.head(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return x if self.fc is None else self.fc(x)
+
+
+class CifarResNet(ResNet):
+    """ResNet-(6n+2) for 32x32 images: n BasicBlocks a stage, 16/32/64 channels (He et al. 2016)."""
+
+    def __init__(self, stages: Sequence[int], num_classes: int | None):
+        super().__init__(BasicBlock, stages, (16, 32, 64), stem_channels=16)
+        self.conv1 = conv3x3(3, 16)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.finish(num_classes)
+
+    @staticmethod
+    def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        return nn.Identity() if stride == 1 else PoolAndPad(in_channels, out_channels)
+
+    def stem(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)), inplace=True)
+
+
+class ImageNetResNet(ResNet):
+    """ResNet for 224x224 images, layer for layer torchvision's, so that its weights fit."""
+
+    def __init__(self, block: type, stages: Sequence[int], num_classes: int | None):
+        super().__init__(block, stages, (64, 128, 256, 512), stem_channels=64)
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.finish(num_classes)
+
+    @staticmethod
+    def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        if stride == 1 and in_channels == out_channels:
+            return nn.Identity()
+        conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+    def stem(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.max_pool2d(x, 3, stride=2, padding=1)

@@ -1,0 +1,82 @@
+"""Weights from this code, the authors' code and other ResNet codes, into our networks, strictly."""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from .policy import PolicyNet
+from .resnet import ResNet
+
+State = Mapping[str, Tensor]
+
+RENAMES = (
+    (r"^module\.", ""),  # saved from nn.DataParallel
+    (r"^layer(\d+)\.0\.downsample\.", lambda m: f"ds.{int(m[1]) - 1}."),
+    (r"^layer(\d+)\.", lambda m: f"blocks.{int(m[1]) - 1}."),
+)
+
+
+def our_names(state: State) -> dict[str, Tensor]:
+    """Rename tensors from the felixgwu/img_classification_pk or torchvision layout to ours."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in RENAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def load_resnet(resnet: ResNet, state: State) -> None:
+    """Load ResNet weights in any known layout. Raises ValueError naming a tensor that is wrong."""
+    load_strictly(resnet, our_names(state))
+
+
+def load_policy(policy_net: PolicyNet, state: State) -> None:
+    """Load policy weights, the released code's unused `features.fc` left out.
+
+    Raises ValueError naming a tensor that is missing, extra or wrongly shaped.
+    """
+    names = our_names(state)
+    load_strictly(policy_net, {n: t for n, t in names.items() if not n.startswith("features.fc.")})
+
+
+def load_features(policy_net: PolicyNet, state: State) -> int:
+    """Start the policy network's features from a ResNet's weights, where name and shape fit.
+
+    The ImageNet policy starts so from ResNet-18 (paper, section 4.1). Returns how many fitted.
+    """
+    own = policy_net.features.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in our_names(state).items()
+        if name in own and own[name].shape == tensor.shape
+    }
+    policy_net.features.load_state_dict(fitting, strict=False)
+    return len(fitting)
+
+
+def load_strictly(module: nn.Module, state: State) -> None:
+    """`load_state_dict` that forgives only BatchNorm counters, which torch 0.3 did not save."""
+    own = module.state_dict()
+    for name in own:
+        if name.endswith("num_batches_tracked") and name not in state:
+            state = {**state, name: own[name].new_zeros(())}
+    missing = [name for name in own if name not in state]
+    extra = [name for name in state if name not in own]
+    if missing:
+        raise ValueError(f"lacks {count(missing)} {missing[0]}")
+    if extra:
+        raise ValueError(f"has {count(extra)} {extra[0]}, which the network does not")
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is no tensor")
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
+            )
+    module.load_state_dict(state)
+
+
+def count(names: list[str]) -> str:
+    return "the tensor" if len(names) == 1 else f"{len(names)} tensors, the first"

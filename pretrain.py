@@ -1,0 +1,107 @@
+"""Stage 0: train a base ResNet, which the two policy stages then start from."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import engine
+import models
+from engine import options
+
+
+def parse_args():
+    parser = options.parser(__doc__, model="R32_C10")
+    options.add_training(parser, lr=0.4, wd=5e-4, max_epochs=160)
+    add = parser.add_argument
+    add("--warmup", type=options.fraction, default=0.1, help="part of the epochs with rising lr")
+    add("--label_smoothing", type=options.fraction, default=0.05, help="of the cross entropy")
+    add("--clip_norm", type=options.positive, default=5.0, help="largest gradient norm of a step")
+    add(
+        "--block_drop",
+        type=options.fraction,
+        default=0.0,
+        help="stochastic depth: probability to drop the last block, falling linearly towards the "
+        "first; makes a base that tolerates missing blocks",
+    )
+    return parser.parse_args()
+
+
+def cosine_lr(peak: float, progress: float, warmup: float) -> float:
+    """Learning rate at `progress` in [0, 1]: linear up to `warmup`, then a cosine to zero."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def weight_groups(resnet: torch.nn.Module, wd: float) -> list[dict]:
+    """Weight decay on convolution and linear weights only, not on BatchNorm and biases."""
+    decayed = [p for p in resnet.parameters() if p.ndim > 1]
+    plain = [p for p in resnet.parameters() if p.ndim <= 1]
+    return [{"params": decayed, "weight_decay": wd}, {"params": plain, "weight_decay": 0.0}]
+
+
+def drop_blocks(num_images: int, num_blocks: int, last: float, device: torch.device) -> Tensor:
+    """Policies (B, K) of stochastic depth (Huang et al. 2016): block k is kept with 1 - k/K * last."""
+    drop = torch.arange(1, num_blocks + 1, device=device) / num_blocks * last
+    return torch.bernoulli((1 - drop).expand(num_images, -1))
+
+
+def main() -> None:
+    args = parse_args()
+    with engine.about("--model"):
+        spec = models.config(args.model)
+    cv_dir = str(engine.checkpoint.base_directory(args.model))
+    with engine.Run(args, 0, args.model, spec.num_blocks, cv_dir) as run:
+        train, test = engine.data.load(spec, args, run.device)
+        resnet = engine.place(models.build(args.model)[0], run.device)
+        optimizer = torch.optim.SGD(
+            weight_groups(resnet, args.wd), args.lr, momentum=0.9, nesterov=True
+        )
+        run.track("state_dict", resnet, models.load_resnet)
+        run.track("optimizer", optimizer)
+        step_number = 0
+
+        def train_step(images: Tensor, labels: Tensor):
+            nonlocal step_number
+            progress = (epoch - 1 + step_number / len(train)) / args.max_epochs
+            engine.set_lr(optimizer, cosine_lr(args.lr, progress, args.warmup))
+            step_number += 1
+            policy = None
+            if args.block_drop:
+                policy = drop_blocks(len(images), spec.num_blocks, args.block_drop, run.device)
+            logits = resnet(images, policy)
+            losses = F.cross_entropy(
+                logits, labels, reduction="none", label_smoothing=args.label_smoothing
+            )
+            return losses.mean(), {"correct": logits.argmax(1) == labels, "loss": losses}
+
+        def test_step(images: Tensor, labels: Tensor):
+            return {"correct": resnet(images).argmax(1) == labels}
+
+        for epoch in run.epochs():
+            resnet.train()
+            step_number = 0
+            tally = engine.train_epoch(
+                train_step, optimizer, train, epoch, args.precision, args.clip_norm
+            )
+            accuracy = tally["correct"].double().mean().item()
+            loss = tally["loss"].double().mean().item()
+            run.log(
+                f"E: {epoch} | A: {accuracy:.3f} | L: {loss:.3f}",
+                "train",
+                accuracy=accuracy,
+                loss=loss,
+            )
+            if run.tests(epoch):
+                resnet.eval()
+                tally = engine.evaluate(test_step, test, args.precision)
+                accuracy = tally["correct"].double().mean().item()
+                run.log(f"TS - A: {accuracy:.4f}", "test", accuracy=accuracy)
+        if run.done == args.max_epochs and run.metrics:
+            run.save(f"pk_E_{run.done}_A_{accuracy:.3f}.t7", acc=accuracy)
+
+
+if __name__ == "__main__":
+    engine.run_script(main)
