@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Unit = tuple[nn.Module, nn.Module]
@@ -16,7 +17,7 @@ Unit = tuple[nn.Module, nn.Module]
 
 def full(branch: nn.Module, shortcut: nn.Module, x: Tensor) -> Tensor:
     """One block, kept by every image."""
-    return F.relu(shortcut(x) + branch(x), inplace=True)
+    return F.relu(branch(x) + shortcut(x), inplace=True)
 
 
 def kept_rows(policy: Tensor) -> list[Tensor]:
@@ -30,6 +31,42 @@ def kept_rows(policy: Tensor) -> list[Tensor]:
     return list(rows.split(by_block.sum(1).tolist()))
 
 
+class Split(torch.autograd.Function):
+    """x -> (x, x[rows]), the way into a block that only `rows` of the batch keep.
+
+    Only `Merge` may consume the first output, with the same rows: its gradient's `rows` are then
+    void and are overwritten here, which spares a zero-filled tensor and an addition a block.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        return x.view_as(x), x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rest: Tensor, grad_kept: Tensor):
+        (rows,) = ctx.saved_tensors
+        return grad_rest.index_copy_(0, rows, grad_kept.to(grad_rest.dtype)), None
+
+
+class Merge(torch.autograd.Function):
+    """(rest, rows, kept) -> rest with its `rows` replaced by `kept`, the way out of a block."""
+
+    @staticmethod
+    def forward(ctx, rest: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.kept_dtype = kept.dtype
+        return rest.index_copy(0, rows, kept.to(rest.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (rows,) = ctx.saved_tensors
+        # a copy, because Split writes into it and others may hold this gradient
+        return grad.clone(), None, grad.index_select(0, rows).to(ctx.kept_dtype)
+
+
 def sparse(units: Sequence[Unit], x: Tensor, policy: Tensor) -> Tensor:
     """All blocks, each run on the rows of x that keep it."""
     for (branch, shortcut), rows in zip(units, kept_rows(policy), strict=True):
@@ -37,10 +74,14 @@ def sparse(units: Sequence[Unit], x: Tensor, policy: Tensor) -> Tensor:
             x = full(branch, shortcut, x)
         elif len(rows) == 0:
             x = shortcut(x)
+        elif isinstance(shortcut, nn.Identity):
+            rest, kept = Split.apply(x, rows)
+            x = Merge.apply(rest, rows, full(branch, shortcut, kept))
         else:
             passed = shortcut(x)
-            kept = F.relu(passed.index_select(0, rows) + branch(x.index_select(0, rows)))
-            x = passed.index_copy(0, rows, kept.to(passed.dtype))
+            rest, kept = Split.apply(passed, rows)
+            branched = branch(Split.apply(x, rows)[1])
+            x = Merge.apply(rest, rows, F.relu(branched + kept, inplace=True))
     return x
 
 
