@@ -43,19 +43,18 @@ def weight_groups(resnet: torch.nn.Module, wd: float) -> list[dict]:
 
 
 def drop_blocks(num_images: int, num_blocks: int, last: float, device: torch.device) -> Tensor:
-    """Policies (B, K) of stochastic depth (Huang et al. 2016): block k is kept with 1 - k/K * last."""
+    """Policies (B, K) of stochastic depth (Huang et al. 2016): P(drop block k) = last * k / K."""
     drop = torch.arange(1, num_blocks + 1, device=device) / num_blocks * last
     return torch.bernoulli((1 - drop).expand(num_images, -1))
 
 
 def main() -> None:
     args = parse_args()
-    with engine.about("--model"):
-        spec = models.config(args.model)
-    cv_dir = str(engine.checkpoint.base_directory(args.model))
-    with engine.Run(args, 0, args.model, spec.num_blocks, cv_dir) as run:
+    spec = engine.named(models.config, args.model)
+    with engine.Run(args, 0, spec, engine.checkpoint.base_directory(args.model)) as run:
         train, test = engine.data.load(spec, args, run.device)
-        resnet = engine.place(models.build(args.model)[0], run.device)
+        resnet, _ = models.build(args.model)
+        run.place(resnet)
         optimizer = torch.optim.SGD(
             weight_groups(resnet, args.wd), args.lr, momentum=0.9, nesterov=True
         )
@@ -83,9 +82,7 @@ def main() -> None:
         for epoch in run.epochs():
             resnet.train()
             step_number = 0
-            tally = engine.train_epoch(
-                train_step, optimizer, train, epoch, args.precision, args.clip_norm
-            )
+            tally = run.train_epoch(train_step, optimizer, train, clip_norm=args.clip_norm)
             accuracy = tally["correct"].double().mean().item()
             loss = tally["loss"].double().mean().item()
             run.log(
@@ -96,7 +93,7 @@ def main() -> None:
             )
             if run.tests(epoch):
                 resnet.eval()
-                tally = engine.evaluate(test_step, test, args.precision)
+                tally = run.evaluate(test_step, test)
                 accuracy = tally["correct"].double().mean().item()
                 run.log(f"TS - A: {accuracy:.4f}", "test", accuracy=accuracy)
         if run.done == args.max_epochs and run.metrics:

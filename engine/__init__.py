@@ -1,9 +1,9 @@
 """Everything around the method: data, checkpoints, devices, logs and shared options."""
 
 from . import checkpoint, data, device, options
-from .errors import UserError, about, run_script
-from .loop import evaluate, set_lr, train_epoch
-from .run import Run, place, stage_of
+from .errors import UserError, about, named, run_script
+from .loop import evaluate, set_lr
+from .run import Run
 
 __all__ = [
     "Run",
@@ -13,10 +13,8 @@ __all__ = [
     "data",
     "device",
     "evaluate",
+    "named",
     "options",
-    "place",
     "run_script",
     "set_lr",
-    "stage_of",
-    "train_epoch",
 ]

@@ -5,13 +5,15 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import UserError, about
+from .spec import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = "last.t7"
@@ -32,11 +34,9 @@ def read(path: str | Path) -> dict[str, Any]:
     except PermissionError as error:
         raise UserError(f"{path}: may not be read (permission denied)") from error
     except pickle.UnpicklingError as error:
-        named = re.search(
-            r"Unsupported (?:global|class|operand).*?(?=\s+was not|\.\s|\n|$)", str(error)
-        )
+        named = re.search(r"GLOBAL\s+(\S+)|[Uu]nsupported (?:class|operand)\s+(\S+)", str(error))
         if named:
-            reason = f"its pickle wants to run code ({named[0]}), which is never done"
+            reason = f"its pickle wants to run code ({named[1] or named[2]}), which is never done"
         else:
             reason = "no checkpoint, or a damaged one"
         raise UserError(f"{path}: {reason}") from error
@@ -118,21 +118,55 @@ def policy_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str,
     raise UserError(f"{path}: {what}, without a policy network (neither agent nor net)")
 
 
-def check_model(content: Mapping[str, Any], path: str | Path, model: str, num_blocks: int) -> None:
-    """Refuse a checkpoint that says, or whose policy shows, that it is for another model."""
+def read_for(spec: Spec, path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint and refuse it when it says, or its policy shows, that it is for another
+    model than `spec`.
+    """
+    content = read(path)
     other = content.get("model")
-    policy = content.get("agent", content.get("net", {}))
-    bias = next((t for n, t in policy.items() if n.endswith("logit.bias")), None)
-    blocks = num_blocks if bias is None else len(bias)
-    if (other or model) != model or blocks != num_blocks:
+    blocks = blocks_of(content) or spec.num_blocks
+    if (other or spec.name) != spec.name or blocks != spec.num_blocks:
         named = f"{other} ({blocks} blocks)" if other else f"{blocks} blocks"
-        raise UserError(f"{path} is for {named}, not {model} ({num_blocks})")
+        raise UserError(f"{path} is for {named}, not {spec.name} ({spec.num_blocks})")
+    return content
 
 
-def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+def blocks_of(content: Mapping[str, Any]) -> int:
+    """The number of residual blocks that a checkpoint's tensors show; 0 where they show none."""
+    policy = content.get("agent") or content.get("net") or {}
+    bias = next((t for n, t in policy.items() if n.endswith("logit.bias")), None)
+    if bias is not None:
+        return len(bias)
+    names = content.get("state_dict") or content
+    found = (re.search(r"(?:blocks\.|layer)(\d+\.\d+)\.conv1", str(name)) for name in names)
+    return len({match[1] for match in found if match})
+
+
+def load_base(spec: Spec, given: str | None, resnet: nn.Module, load: Callable) -> None:
+    """Load the base ResNet by `load(resnet, tensors)`, from `given` or from cv/pretrained/."""
+    path = find_base(spec.name, given)
+    content = read_for(spec, path)
+    with about(path):
+        load(resnet, resnet_weights(content, path))
+
+
+def check_base(content: Mapping[str, Any], path: str | Path, resnet: nn.Module) -> None:
+    """Refuse a stage-1 checkpoint whose policy was learned on another base ResNet."""
+    if content.get("base", fingerprint(resnet)) != fingerprint(resnet):
+        raise UserError(
+            f"{path}: its policy was learned on another base ResNet: name that one with --base"
+        )
+
+
+def static_policy_of(content: Mapping[str, Any]) -> str | None:
+    """The static policy, such as first:10, that a checkpoint was finetuned under."""
+    return content.get("args", {}).get("policy")
+
+
+def fingerprint(module: nn.Module) -> str:
     """SHA-256 over the names and bytes of all tensors: the same weights, the same fingerprint."""
     digest = hashlib.sha256()
-    for name in sorted(state):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

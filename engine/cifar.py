@@ -106,8 +106,9 @@ def verify(source: Source, arrays: dict[str, Tensor], where: object) -> None:
     for part, expected in zip(PARTS, source.sha256, strict=False):
         if hashlib.sha256(arrays[part].numpy()).hexdigest() != expected:
             raise UserError(
-                f"{where}: the {part.replace('_', ' ')} are not the published ones (SHA-256 differs):"
-                " delete the files and they are fetched again, or accept them with --skip_data_check"
+                f"{where}: the {part.replace('_', ' ')} are not the published ones (SHA-256 "
+                "differs): delete the files and they are fetched again, or accept them with "
+                "--skip_data_check"
             )
 
 
@@ -143,10 +144,16 @@ def reason(error: Exception) -> str:
 class ArrayUnpickler(pickle.Unpickler):
     """Reads the pickles of the CIFAR distribution and nothing that could run code."""
 
-    ALLOWED = {("_reconstruct", "multiarray"), ("ndarray", "numpy"), ("dtype", "numpy")}
+    ALLOWED = {
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "_codecs.encode",  # how Python 3 writes bytes for Python 2
+    }
 
     def find_class(self, module: str, name: str):
-        if (name, module.rpartition(".")[2]) not in self.ALLOWED or not module.startswith("numpy"):
+        if f"{module}.{name}" not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
         return super().find_class(module, name)
 

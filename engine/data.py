@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from . import cifar, imagenet
 from .device import derived_seed
 from .errors import UserError
+from .spec import Spec
 
 PADDING = 4
 
@@ -27,15 +29,6 @@ class Loader(Protocol):
         """Images (B, 3, H, W), float32 and channels_last, and labels (B,) of an epoch."""
 
 
-class Spec(Protocol):
-    """What has to be known of a model to feed it."""
-
-    dataset: str
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
 class TensorLoader:
     """Images that live on the device as uint8 (N, H, W, 3), cropped and flipped there in batches.
 
@@ -49,9 +42,7 @@ class TensorLoader:
         self.batch_size = batch_size
         self.augment = options.get("augment", False)
         self.seed = options.get("seed", 0)
-        # padded before normalising, as the released code does: the border is black
-        border = PADDING if self.augment else 0
-        self.images = F.pad(images, (0, 0, border, border, border, border))
+        self.images = images
         self.mean = torch.tensor(spec.mean, device=images.device) * 255
         self.std = torch.tensor(spec.std, device=images.device) * 255
 
@@ -63,6 +54,12 @@ class TensorLoader:
         for batch in range(len(self)):
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield self._pixels(rows, corners[rows], flips[rows]), self.labels[rows]
+
+    @cached_property
+    def _padded(self) -> Tensor:
+        # padded before normalising, as the released code does: the border is black
+        border = PADDING if self.augment else 0
+        return F.pad(self.images, (0, 0, border, border, border, border))
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """The epoch's order (N,), crop corners (N, 2) and flips (N,), drawn on the CPU."""
@@ -81,7 +78,7 @@ class TensorLoader:
         steps = torch.arange(self.size, device=rows.device)
         y = corners[:, :1] + steps
         x = corners[:, 1:] + torch.where(flips[:, None], steps.flip(0), steps)
-        pixels = self.images[rows[:, None, None], y[:, :, None], x[:, None, :]]
+        pixels = self._padded[rows[:, None, None], y[:, :, None], x[:, None, :]]
         return ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
 
 

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+from torch import nn
 
 
 def pick() -> torch.device:
@@ -28,3 +29,8 @@ def seed_everything(*numbers: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def place(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to the device, its convolutions channels_last."""
+    return module.to(device, memory_format=torch.channels_last)

@@ -6,6 +6,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -37,6 +40,14 @@ def about(thing: object) -> Iterator[None]:
         raise UserError(f"{thing}: {error}") from error
     except OSError as error:
         raise UserError(f"{thing}: {error.strerror or error}") from error
+
+
+def named(look_up: Callable[[str], T], name: str) -> T:
+    """What a name stands for; a ValueError of the look-up is shown to the user as it is."""
+    try:
+        return look_up(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ from .errors import UserError
 
 
 class FolderLoader:
-    """Pictures decoded by DataLoader workers; order and augmentation are drawn from (seed, epoch)."""
+    """Pictures decoded by DataLoader workers; each epoch is drawn from (seed, epoch)."""
 
     def __init__(self, pictures, batch_size: int, device: torch.device, seed: int | None):
         self.num_images = len(pictures)

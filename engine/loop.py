@@ -35,7 +35,7 @@ def train_epoch(
             raise UserError(
                 f"the loss is {loss.item()} in epoch {epoch}, step {number} of {len(loader)} ("
                 + ", ".join(f"mean {name} {value:.4g}" for name, value in figures.items())
-                + f", lr {optimizer.param_groups[0]['lr']:.3g}): lower --lr, or use --precision fp32"
+                + f", lr {optimizer.param_groups[0]['lr']:.3g}): lower --lr or use --precision fp32"
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,9 +1,11 @@
 """Command-line options that the scripts share."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from .errors import Parser
+from torch import Tensor
+
+from .errors import Parser, about
 
 
 def number(kind: type, accepts: Callable[[float], bool], needed: str) -> Callable[[str], float]:
@@ -30,14 +32,14 @@ fraction = number(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 alpha = number(float, lambda v: 0.5 < v <= 1, "in (0.5, 1]")
 
 
-def static(text: str) -> tuple[str, int]:
-    """An argparse type: a static policy such as first:10."""
+def static(text: str) -> str:
+    """An argparse type: the name of a static policy, such as first:10."""
     kind, _, keep = text.partition(":")
     if kind not in ("first", "random", "distribute") or not keep.isdigit():
         raise argparse.ArgumentTypeError(
             f"{text!r} is not first:K, random:K or distribute:K with K blocks to keep"
         )
-    return kind, int(keep)
+    return text
 
 
 def parser(description: str, model: str = "R110_C10") -> Parser:
@@ -64,28 +66,46 @@ def add_base(options: Parser) -> None:
     )
 
 
-def add_training(
-    options: Parser, lr: float, wd: float, max_epochs: int, cv_dir: str | None = "cv/tmp/"
-) -> None:
+def add_static(options: Parser) -> None:
+    options.add_argument(
+        "--policy",
+        type=static,
+        help="static baseline first:K, random:K or distribute:K, in place of the policy network",
+    )
+
+
+def static_policy(
+    args: argparse.Namespace, stages: Sequence[int], make: Callable[..., Tensor]
+) -> Tensor | None:
+    """The (K,) policy that --policy names, by `utils.static_policy`; None without --policy."""
+    if args.policy is None:
+        return None
+    kind, _, keep = args.policy.partition(":")
+    with about(f"--policy {args.policy}"):
+        return make(kind, int(keep), stages, args.seed)
+
+
+def add_training(options: Parser, lr: float, wd: float, max_epochs: int) -> None:
     """What every training script takes."""
     add = options.add_argument
     add("--lr", type=positive, default=lr, help="learning rate")
     add("--wd", type=weight, default=wd, help="weight decay")
     add("--load", help="continue this run: a checkpoint, or the cv_dir that holds last.t7")
-    add("--cv_dir", default=cv_dir, help="where checkpoints and logs go")
+    add("--cv_dir", help="where checkpoints and logs go (default: that of --load, or cv/tmp/)")
     add("--batch_size", type=count, default=256, help="images a step")
     add("--max_epochs", type=count, default=max_epochs, help="epochs in all, resumed ones included")
     add("--test_every", type=count, default=10, help="evaluate and save every so many epochs")
 
 
-def add_steps(options: Parser, epoch_step: int) -> None:
+def add_steps(options: Parser, epoch_step: int, penalty: float) -> None:
     """The step schedule of the two policy stages, and what their reward needs."""
     add = options.add_argument
+    add("--penalty", type=finite, default=penalty, help="reward of a wrong prediction, -gamma")
     add("--epoch_step", type=count, default=epoch_step, help="epochs between learning-rate steps")
     add("--lr_decay_ratio", type=positive, default=0.1, help="learning-rate factor at a step")
     add("--alpha", type=alpha, default=0.8, help="keeps probabilities within [1 - alpha, alpha]")
 
 
 def step_lr(args: argparse.Namespace, epoch: int) -> float:
-    """Learning rate in an epoch, counted from 1: times the decay ratio every `epoch_step` epochs."""
+    """Learning rate in an epoch (from 1): times the decay ratio every `epoch_step` epochs."""
     return args.lr * args.lr_decay_ratio ** ((epoch - 1) // args.epoch_step)

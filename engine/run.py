@@ -1,4 +1,4 @@
-"""A training run: its device, its directory of checkpoints and logs, and how it goes on after a stop."""
+"""A training run: its device, its directory of checkpoints and logs, and how it resumes."""
 
 import argparse
 import json
@@ -15,8 +15,11 @@ from tensorboardX import SummaryWriter
 from torch import nn
 from tqdm import tqdm
 
-from . import checkpoint, device
+from . import checkpoint, device, loop
+from .data import Loader
 from .errors import UserError, about
+from .spec import Spec
+from .tally import Tally
 
 STAGES = {0: "a pretrained ResNet", 1: "a stage-1 checkpoint", 2: "a stage-2 checkpoint"}
 HINTS = {
@@ -24,6 +27,9 @@ HINTS = {
     1: "start stage 2 from it with finetune.py --pretrained",
     2: "go on from it with finetune.py",
 }
+
+# options that a resumed run may well be given anew
+FREE_OPTIONS = {"load", "cv_dir", "data_dir", "max_epochs", "test_every", "base", "pretrained"}
 
 
 class Run:
@@ -35,24 +41,23 @@ class Run:
     """
 
     def __init__(
-        self, args: argparse.Namespace, stage: int, model: str, num_blocks: int, cv_dir: str
+        self, args: argparse.Namespace, stage: int, spec: Spec, cv_dir: str | Path = "cv/tmp/"
     ):
-        self.args, self.stage, self.model = args, stage, model
+        self.args, self.stage, self.spec = args, stage, spec
         self.device = device.pick()
         self.done = 0
         self.tracked: dict[str, Any] = {}
         self.loaded: dict[str, Any] = {}
         self.extras: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
-        self.log_dir: SummaryWriter | None = None
-        self.source = args.load
+        self.writer: SummaryWriter | None = None
         if args.load:
-            self.loaded = checkpoint.read(args.load)
+            self.loaded = checkpoint.read_for(spec, args.load)
             self._check_stage()
-            checkpoint.check_model(self.loaded, args.load, model, num_blocks)
+            self._tell_changes()
             self.done = int(self.loaded.get("epoch", 0))
-            folder = Path(args.load)
-            cv_dir = cv_dir if args.cv_dir else str(folder if folder.is_dir() else folder.parent)
+            source = Path(args.load)
+            cv_dir = source if source.is_dir() else source.parent
         self.cv_dir = Path(args.cv_dir or cv_dir)
         self._claim_directory()
         device.seed_everything(args.seed, 0)
@@ -61,11 +66,22 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if self.log_dir:
-            self.log_dir.close()
+        if self.writer:
+            self.writer.close()
         last = self.cv_dir / checkpoint.LAST
         if error is not None and last.exists():
             error.add_note(f"epoch {self.done} is kept; go on with --load {last}")
+
+    def load_base(self, resnet: nn.Module, load: Callable) -> None:
+        """Load the base ResNet by `load(resnet, tensors)`; checkpoints then say which it was."""
+        checkpoint.load_base(self.spec, self.args.base, resnet, load)
+        self.extras["base"] = checkpoint.fingerprint(resnet)
+        if self.stage == stage_of(self.loaded):
+            checkpoint.check_base(self.loaded, self.args.load, resnet)
+
+    def place(self, *networks: nn.Module) -> None:
+        for network in networks:
+            device.place(network, self.device)
 
     def track(
         self, name: str, part: Any, load: Callable[[Any, Mapping], None] | None = None
@@ -77,18 +93,20 @@ class Run:
         self.tracked[name] = part
         if not self.loaded:
             return
-        with about(self.source):
+        with about(self.args.load):
             if isinstance(part, torch.optim.Optimizer):
                 self._restore_optimizer(part, self.loaded.get(name))
             elif name == "agent":
-                load(part, checkpoint.policy_weights(self.loaded, self.source))
+                load(part, checkpoint.policy_weights(self.loaded, self.args.load))
             else:
-                load(part, checkpoint.resnet_weights(self.loaded, self.source))
+                load(part, checkpoint.resnet_weights(self.loaded, self.args.load))
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, state: Any) -> None:
         """Moments come from the checkpoint, hyperparameters from the command line."""
         if state is None:  # the released code saves none
-            tqdm.write(f"{self.source} holds no optimizer state: it starts afresh", file=sys.stderr)
+            tqdm.write(
+                f"{self.args.load} holds no optimizer state: it starts afresh", file=sys.stderr
+            )
             return
         own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         optimizer.load_state_dict(state)
@@ -99,8 +117,15 @@ class Run:
         stage = stage_of(self.loaded)
         if stage != self.stage:
             raise UserError(
-                f"{self.source}: {STAGES[stage]} cannot be continued here: {HINTS[stage]}"
+                f"{self.args.load}: {STAGES[stage]} cannot be continued here: {HINTS[stage]}"
             )
+
+    def _tell_changes(self) -> None:
+        """Say which options differ from those that the run began with; the new ones hold."""
+        before, now = self.loaded.get("args", {}), vars(self.args)
+        for name in sorted(before.keys() & now.keys() - FREE_OPTIONS):
+            if before[name] != now[name]:
+                tqdm.write(f"--{name} {now[name]} (was {before[name]})", file=sys.stderr)
 
     def _claim_directory(self) -> None:
         """Make sure that cv_dir can be written and holds no other run."""
@@ -118,7 +143,7 @@ class Run:
     def epochs(self) -> Iterator[int]:
         """The epochs still to run, counted from 1; after each, metrics and last.t7 are written."""
         if self.done >= self.args.max_epochs:
-            tqdm.write(f"{self.source}: all {self.args.max_epochs} epochs are done")
+            tqdm.write(f"{self.args.load}: all {self.args.max_epochs} epochs are done")
             return
         self._open_logs()
         if not self.loaded:
@@ -134,6 +159,17 @@ class Run:
             self.done = epoch
             self.save(checkpoint.LAST)
 
+    def train_epoch(
+        self, step: loop.TrainStep, optimizer: torch.optim.Optimizer, loader: Loader, **options
+    ) -> Tally:
+        """This epoch of training; see `engine.loop.train_epoch`."""
+        epoch, precision = self.metrics["epoch"], self.args.precision
+        return loop.train_epoch(step, optimizer, loader, epoch, precision, **options)
+
+    def evaluate(self, step: loop.TestStep, loader: Loader) -> Tally:
+        """An evaluation; see `engine.loop.evaluate`."""
+        return loop.evaluate(step, loader, self.args.precision)
+
     def tests(self, epoch: int) -> bool:
         """Whether this epoch ends with an evaluation: every so often, and always the last."""
         return epoch % self.args.test_every == 0 or epoch == self.args.max_epochs
@@ -146,7 +182,7 @@ class Run:
         sys.stdout.flush()
         for name, value in figures.items():
             self.metrics[f"{split}_{name}"] = value
-            self.log_dir.add_scalar(f"{split}_{name}", value, self.metrics["epoch"])
+            self.writer.add_scalar(f"{split}_{name}", value, self.metrics["epoch"])
 
     def log_policies(
         self,
@@ -185,7 +221,7 @@ class Run:
     def save(self, name: str, **figures: float) -> None:
         """Write a checkpoint from which the run goes on exactly."""
         content = {name: cpu(part.state_dict()) for name, part in self.tracked.items()}
-        content |= {"model": self.model, "stage": self.stage, "args": vars(self.args)}
+        content |= {"model": self.spec.name, "stage": self.stage, "args": vars(self.args)}
         content |= {"epoch": self.metrics.get("epoch", self.done), **self.extras, **figures}
         checkpoint.write(content, self.cv_dir / name)
 
@@ -197,7 +233,7 @@ class Run:
             with open(commands, "a" if self.loaded else "w") as file:
                 file.write(shlex.join(["python", *sys.argv]) + "\n")
             self._forget_after(self.done)
-            self.log_dir = SummaryWriter(
+            self.writer = SummaryWriter(
                 str(self.cv_dir / "log"), purge_step=self.done + 1 if self.loaded else None
             )
 
@@ -233,8 +269,3 @@ def cpu(state: Any) -> Any:
     if isinstance(state, list):
         return [cpu(value) for value in state]
     return state
-
-
-def place(module: nn.Module, on: torch.device) -> nn.Module:
-    """Move a network to the run's device, its convolutions channels_last."""
-    return module.to(on, memory_format=torch.channels_last)

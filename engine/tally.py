@@ -46,6 +46,10 @@ class Tally:
         """All images' results of one name, on the CPU."""
         return torch.cat(self.results[name]).cpu()
 
+    def of_policies(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Policies (N, K), rewards (N,) and correctness (N,), as `utils.performance_stats` asks."""
+        return self["policy"], self["reward"], self["correct"]
+
 
 def mean(name: str, batches: list[Tensor]) -> float:
     """What the bar shows: the mean over the last batches, blocks counted a policy at a time."""

@@ -3,7 +3,7 @@
 from .policy import PolicyNet
 from .registry import Config, build, config, names
 from .resnet import ResNet
-from .weights import load_features, load_policy, load_resnet
+from .weights import load_policy, load_resnet
 
 __all__ = [
     "Config",
@@ -11,7 +11,6 @@ __all__ = [
     "ResNet",
     "build",
     "config",
-    "load_features",
     "load_policy",
     "load_resnet",
     "names",

@@ -88,7 +88,7 @@ class ResNet(nn.Module):
             self.blocks.append(nn.ModuleList(branches))
 
     def finish(self, num_classes: int | None) -> None:
-        """Append the classifier and initialise all weights (He normal by fan-out, BatchNorm 1, 0)."""
+        """Append the classifier and initialise the convolutions: normal, He et al. by fan-out."""
         self.fc = None if num_classes is None else nn.Linear(self.num_features, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

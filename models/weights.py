@@ -41,21 +41,6 @@ def load_policy(policy_net: PolicyNet, state: State) -> None:
     load_strictly(policy_net, {n: t for n, t in names.items() if not n.startswith("features.fc.")})
 
 
-def load_features(policy_net: PolicyNet, state: State) -> int:
-    """Start the policy network's features from a ResNet's weights, where name and shape fit.
-
-    The ImageNet policy starts so from ResNet-18 (paper, section 4.1). Returns how many fitted.
-    """
-    own = policy_net.features.state_dict()
-    fitting = {
-        name: tensor
-        for name, tensor in our_names(state).items()
-        if name in own and own[name].shape == tensor.shape
-    }
-    policy_net.features.load_state_dict(fitting, strict=False)
-    return len(fitting)
-
-
 def load_strictly(module: nn.Module, state: State) -> None:
     """`load_state_dict` that forgives only BatchNorm counters, which torch 0.3 did not save."""
     own = module.state_dict()

@@ -1,0 +1,71 @@
+"""Stage 1: curriculum learning of the policy network, the pretrained ResNet frozen (Alg. 1)."""
+
+import torch
+from torch import Tensor
+
+import engine
+import models
+import utils
+from engine import options
+
+
+def parse_args():
+    parser = options.parser(__doc__)
+    options.add_base(parser)
+    options.add_training(parser, lr=1e-3, wd=0.0, max_epochs=10000)
+    options.add_steps(parser, epoch_step=10000, penalty=-1.0)
+    add = parser.add_argument
+    add("--beta", type=options.weight, default=0.1, help="weight of the entropy term")
+    add("--cl_step", type=options.count, default=1, help="blocks learned in the first epoch")
+    add("--cl_every", type=options.count, default=1, help="epochs until one more block is learned")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    spec = engine.named(models.config, args.model)
+    with engine.Run(args, 1, spec) as run:
+        train, test = engine.data.load(spec, args, run.device)
+        resnet, policy_net = models.build(args.model)
+        run.load_base(resnet, models.load_resnet)
+        resnet.requires_grad_(False).eval()
+        run.place(resnet, policy_net)
+        optimizer = torch.optim.Adam(policy_net.parameters(), args.lr, weight_decay=args.wd)
+        run.track("agent", policy_net, models.load_policy)
+        run.track("optimizer", optimizer)
+
+        def train_step(images: Tensor, labels: Tensor):
+            probs, _ = policy_net(images)
+            policy_map = utils.force_on(utils.most_probable(probs), mask)
+            probs = utils.bound(probs, args.alpha)
+            policy = utils.force_on(utils.sample(probs), mask)
+            with torch.no_grad():
+                logits_map, logits = resnet(images, policy_map), resnet(images, policy)
+            reward_map, _ = utils.reward(logits_map, labels, policy_map, args.penalty)
+            reward, correct = utils.reward(logits, labels, policy, args.penalty)
+            loss = utils.policy_gradient_loss(probs, policy, reward - reward_map, mask)
+            loss = loss - args.beta * utils.entropy(probs)
+            return loss / len(images), {"policy": policy, "reward": reward, "correct": correct}
+
+        def test_step(images: Tensor, labels: Tensor):
+            probs, _ = policy_net(images)
+            policy = utils.force_on(utils.most_probable(probs), mask)
+            reward, correct = utils.reward(resnet(images, policy), labels, policy, args.penalty)
+            return {"policy": policy, "reward": reward, "correct": correct}
+
+        for epoch in run.epochs():
+            engine.set_lr(optimizer, options.step_lr(args, epoch))
+            cl_step = utils.curriculum_step(epoch, args.cl_step, args.cl_every)
+            mask = utils.curriculum_mask(spec.num_blocks, cl_step, run.device)
+            policy_net.train()
+            outcome = run.train_epoch(train_step, optimizer, train)
+            run.log_policies("train", *utils.performance_stats(*outcome.of_policies()))
+            if run.tests(epoch):
+                policy_net.eval()
+                outcome = run.evaluate(test_step, test)
+                run.log_policies("test", *utils.performance_stats(*outcome.of_policies()))
+                run.save_evaluated()
+
+
+if __name__ == "__main__":
+    engine.run_script(main)

@@ -1,0 +1,14 @@
+"""What the engine has to know of a model."""
+
+from typing import Protocol
+
+
+class Spec(Protocol):
+    """A model name spelt out, as `models.config` gives it."""
+
+    name: str
+    num_blocks: int
+    dataset: str
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]

@@ -1,0 +1,110 @@
+"""Profile a checkpoint: accuracy, blocks used, FLOPs an image, distinct policies.
+
+Without --load the pretrained ResNet runs with all its blocks.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import engine
+import models
+import utils
+from engine import checkpoint, options
+
+
+def parse_args():
+    parser = options.parser(__doc__)
+    options.add_base(parser)
+    options.add_static(parser)
+    add = parser.add_argument
+    add("--load", help="stage-1 or stage-2 checkpoint, or the cv_dir that holds last.t7")
+    add("--batch_size", type=options.count, default=1000, help="images a step")
+    add("--json", type=Path, help="also write the figures, unrounded, to this file")
+    return parser.parse_args()
+
+
+def load_networks(args, spec) -> tuple[models.ResNet, models.PolicyNet | None]:
+    """The two networks a checkpoint stands for; the policy network is None where none is used.
+
+    A static policy recorded in the checkpoint is put into args.policy, unless one is given.
+    """
+    resnet, policy_net = models.build(args.model)
+    content = checkpoint.read_for(spec, args.load) if args.load else {}
+    if "resnet" in content or "state_dict" in content:
+        with engine.about(args.load):
+            models.load_resnet(resnet, checkpoint.resnet_weights(content, args.load))
+    else:
+        checkpoint.load_base(spec, args.base, resnet, models.load_resnet)
+    args.policy = args.policy or checkpoint.static_policy_of(content)
+    if not args.load or args.policy or "state_dict" in content:
+        return resnet, None
+    with engine.about(args.load):
+        models.load_policy(policy_net, checkpoint.policy_weights(content, args.load))
+    if "resnet" not in content:
+        checkpoint.check_base(content, args.load, resnet)
+    return resnet, policy_net
+
+
+def profile(resnet, policy_net, static: Tensor, test, spec, precision: str) -> dict:
+    """Run every image under its policy and gather the figures that test.py prints."""
+
+    def test_step(images: Tensor, labels: Tensor):
+        if policy_net is None:
+            policy = static.expand(len(images), -1)
+        else:
+            policy = utils.most_probable(policy_net(images)[0])
+        reward, correct = utils.reward(resnet(images, policy), labels, policy, penalty=0.0)
+        return {"policy": policy, "reward": reward, "correct": correct}
+
+    outcome = engine.evaluate(test_step, test, precision)
+    policies, rewards, correct = outcome.of_policies()
+    accuracy, _, blocks, deviation, unique = utils.performance_stats(policies, rewards, correct)
+    input_size = (3, spec.image_size, spec.image_size)
+    fixed, per_block = utils.block_flops(resnet, input_size)
+    if policy_net is not None:
+        fixed += utils.count_flops(policy_net, input_size)
+    flops = fixed + policies.double() @ per_block
+    return {
+        "accuracy": accuracy,
+        "block_usage": blocks,
+        "block_usage_std": deviation,
+        "flops": flops.mean().item(),
+        "flops_std": flops.std().item() if len(flops) > 1 else 0.0,
+        "unique_policies": len(unique),
+        "images": len(policies),
+        "images_per_second": len(policies) / outcome.seconds,
+    }
+
+
+def main() -> None:
+    args = parse_args()
+    spec = engine.named(models.config, args.model)
+    device = engine.device.pick()
+    resnet, policy_net = load_networks(args, spec)
+    static = options.static_policy(args, spec.stages, utils.static_policy)
+    if static is None:
+        static = torch.ones(spec.num_blocks)
+    _, test = engine.data.load(spec, args, device)
+    for network in filter(None, (resnet, policy_net)):
+        engine.device.place(network, device).eval()
+    figures = profile(resnet, policy_net, static.to(device), test, spec, args.precision)
+    if args.subset:
+        print(f"first {figures['images']} images only", file=sys.stderr)
+    print(
+        f"    Accuracy: {figures['accuracy']:.3f}\n"
+        f"    Block Usage: {figures['block_usage']:.3f} ± {figures['block_usage_std']:.3f}\n"
+        f"    FLOPs/img: {figures['flops']:.2E} ± {figures['flops_std']:.2E}\n"
+        f"    Unique Policies: {figures['unique_policies']}"
+    )
+    if args.json:
+        figures |= {name: getattr(args, name) for name in ("model", "load", "policy", "precision")}
+        with engine.about(args.json):
+            args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    engine.run_script(main)

@@ -1,0 +1,132 @@
+"""Checkpoint files: whole or not at all, and one line about every bad one."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+import engine
+import models
+from engine import UserError, checkpoint
+
+
+def test_written_is_read(tmp_path):
+    content = {"agent": {"w": torch.arange(3.0)}, "epoch": 7, "args": {"lr": 0.1, "load": None}}
+    checkpoint.write(content, tmp_path / "a.t7")
+    loaded = checkpoint.read(tmp_path / "a.t7")
+    assert loaded["epoch"] == 7 and loaded["args"] == content["args"]
+    assert torch.equal(loaded["agent"]["w"], content["agent"]["w"])
+    assert os.listdir(tmp_path) == ["a.t7"]
+
+
+def test_a_directory_stands_for_its_last_checkpoint(tmp_path):
+    checkpoint.write({"epoch": 3}, tmp_path / "last.t7")
+    assert checkpoint.read(tmp_path)["epoch"] == 3
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.t7"
+    checkpoint.write({"epoch": 1}, path)
+
+    def no_space(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(UserError, match="last.t7: No space left on device"):
+        checkpoint.write({"epoch": 2}, path)
+    assert checkpoint.read(path)["epoch"] == 1
+    assert os.listdir(tmp_path) == ["last.t7"]
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def damaged_files(tmp_path):
+    good = tmp_path / "good.t7"
+    checkpoint.write({"agent": {"w": torch.zeros(100)}}, good)
+    raw = good.read_bytes()
+    files = {
+        "truncated": raw[: len(raw) // 2],
+        "empty": b"",
+        "text": b"hello, I am a README\n",
+        "zeros": bytes(4096),
+        "a list": None,
+        "a number": pickle.dumps(3),
+    }
+    for name, content in files.items():
+        path = tmp_path / f"{name}.t7"
+        if content is None:
+            torch.save([1, 2], path)
+        else:
+            path.write_bytes(content)
+        yield path
+
+
+def test_bad_files_are_told_in_one_line(tmp_path):
+    for path in [*damaged_files(tmp_path), tmp_path / "missing.t7", tmp_path]:
+        with pytest.raises(UserError) as error:
+            checkpoint.read(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"agent": RunsCode()}, "evil.t7", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="wants to run code .*mkdir.*never"):
+        checkpoint.read("evil.t7")
+    assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize("key", ["agent", "net", "state_dict", "bare", "layer"])
+def test_checkpoints_of_another_model_are_refused(tmp_path, key):
+    resnet, policy_net = models.build("R32_C10")
+    if key in ("agent", "net"):
+        content = {key: policy_net.state_dict()}
+    elif key == "state_dict":
+        content = {"state_dict": resnet.state_dict(), "model": "R32_C10"}
+    elif key == "bare":
+        content = dict(resnet.state_dict())
+    else:
+        content = {n.replace("blocks.", "layer"): t for n, t in resnet.state_dict().items()}
+    torch.save(content, tmp_path / "x.t7")
+    with pytest.raises(UserError, match=r"x.t7 is for .*15 blocks\)?, not R110_C10 \(54\)"):
+        checkpoint.read_for(models.config("R110_C10"), tmp_path / "x.t7")
+    checkpoint.read_for(models.config("R32_C10"), tmp_path / "x.t7")
+
+
+def test_same_shape_of_another_data_set_is_refused(tmp_path):
+    checkpoint.write({"agent": {}, "model": "R32_C100"}, tmp_path / "x.t7")
+    with pytest.raises(UserError, match="is for R32_C100"):
+        checkpoint.read_for(models.config("R32_C10"), tmp_path / "x.t7")
+
+
+def test_base_is_found_or_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="pretrain.py --model R32_C10.*--base"):
+        checkpoint.find_base("R32_C10", None)
+    folder = tmp_path / "cv" / "pretrained" / "R32_C10"
+    folder.mkdir(parents=True)
+    (folder / "pk_E_1_A_0.900.t7").touch()
+    assert checkpoint.find_base("R32_C10", None) == folder / "pk_E_1_A_0.900.t7"
+    (folder / "pk_E_2_A_0.910.t7").touch()
+    with pytest.raises(UserError, match="several.*--base"):
+        checkpoint.find_base("R32_C10", None)
+    assert str(checkpoint.find_base("R32_C10", "my.t7")) == "my.t7"
+
+
+def test_fingerprint_tells_weights_apart():
+    resnet, _ = models.build("R8_C10")
+    before = checkpoint.fingerprint(resnet)
+    assert checkpoint.fingerprint(resnet) == before
+    with torch.no_grad():
+        resnet.fc.bias[3] += 1e-6
+    assert checkpoint.fingerprint(resnet) != before
+
+
+def test_seeds_are_functions_of_all_their_numbers():
+    seeds = {engine.device.derived_seed(a, b) for a in range(20) for b in range(20)}
+    assert len(seeds) == 400

