@@ -94,6 +94,7 @@ def add_training(options: Parser, lr: float, wd: float, max_epochs: int) -> None
     add("--cv_dir", help="where checkpoints and logs go (default: that of --load, or cv/tmp/)")
     add("--batch_size", type=count, default=256, help="images a step")
     add("--max_epochs", type=count, default=max_epochs, help="epochs in all, resumed ones included")
+    add("--parallel", action="store_true", help="share the work among all GPUs")
     add("--test_every", type=count, default=10, help="evaluate and save every so many epochs")
 
 

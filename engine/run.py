@@ -56,10 +56,13 @@ class Run:
             self._check_stage()
             self._tell_changes()
             self.done = int(self.loaded.get("epoch", 0))
+            self.extras = {n: self.loaded[n] for n in ("base",) if n in self.loaded}
             source = Path(args.load)
             cv_dir = source if source.is_dir() else source.parent
         self.cv_dir = Path(args.cv_dir or cv_dir)
         self._claim_directory()
+        if args.parallel and torch.cuda.device_count() > 1:
+            tqdm.write("--parallel: this version uses the first GPU only", file=sys.stderr)
         device.seed_everything(args.seed, 0)
 
     def __enter__(self) -> "Run":

@@ -62,7 +62,9 @@ def run(capsys, monkeypatch):
 
 def script_module(name):
     """A stage script as a module; the standard library has a `test` of its own."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", f"{engine.checkpoint.ROOT}/{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"script_{name}", f"{engine.checkpoint.ROOT}/{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

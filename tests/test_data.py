@@ -124,9 +124,7 @@ def published(cifar_dir, monkeypatch):
     return arrays
 
 
-def test_decoded_arrays_are_cached_and_a_damaged_cache_is_made_anew(
-    published, cifar_dir, tmp_path
-):
+def test_decoded_arrays_are_cached_and_a_damaged_cache_is_made_anew(published, cifar_dir, tmp_path):
     (tmp_path / "cifar-10-batches-py").symlink_to(cifar_dir / "cifar-10-batches-py")
     cache = tmp_path / "CIFAR10.pt"
     cifar.load("CIFAR10", tmp_path)
@@ -136,9 +134,7 @@ def test_decoded_arrays_are_cached_and_a_damaged_cache_is_made_anew(
     arrays["train_images"][0, 0, 0, 0] ^= 1
     torch.save(arrays, cache)
     (tmp_path / "cifar-10-batches-py").symlink_to(cifar_dir / "cifar-10-batches-py")
-    assert torch.equal(
-        cifar.load("CIFAR10", tmp_path)["train_images"], published["train_images"]
-    )
+    assert torch.equal(cifar.load("CIFAR10", tmp_path)["train_images"], published["train_images"])
 
 
 def test_the_npm_package_is_decoded(published, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The scripts end to end on a small data set: what they write, how they resume, what they refuse."""
+"""The scripts end to end on a small data set: what they write, resume and refuse."""
 
 import json
 import os
@@ -144,7 +144,9 @@ def test_pretrain_learns_and_its_file_is_a_base(run, common, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_profile_prints_four_lines_at_any_batch_size(run, common, base_file, stage_1, tmp_path, batch_size):
+def test_profile_prints_four_lines_at_any_batch_size(
+    run, common, base_file, stage_1, tmp_path, batch_size
+):
     figures = tmp_path / "figures.json"
     status, out, err = run(
         "test", *common, "--base", base_file, "--load", named(stage_1)[1],

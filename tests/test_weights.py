@@ -69,7 +69,7 @@ def test_loading_is_strict_and_names_the_tensor(spoil, message):
 
 
 class Python2Pickler(pickle._Pickler):
-    """Pickles as Python 2.7 with torch 0.3 did: byte strings, `_rebuild_tensor`, old OrderedDict."""
+    """Pickles as Python 2.7 with torch 0.3: byte strings, `_rebuild_tensor`, old OrderedDict."""
 
     dispatch = dict(pickle._Pickler.dispatch)
 
