@@ -122,6 +122,9 @@ class ResNet(nn.Module):
             x = execution.FORMS[self.execution](self.units(), x, policy)
         return self.head(x)
 
+    def stem(self, x: Tensor) -> Tensor:
+        return self.stem_pool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+
     def head(self, x: Tensor) -> Tensor:
         x = F.adaptive_avg_pool2d(x, 1).flatten(1)
         return x if self.fc is None else self.fc(x)
@@ -134,14 +137,12 @@ class CifarResNet(ResNet):
         super().__init__(BasicBlock, stages, (16, 32, 64), stem_channels=16)
         self.conv1 = conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
+        self.stem_pool = nn.Identity()
         self.finish(num_classes)
 
     @staticmethod
     def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
         return nn.Identity() if stride == 1 else PoolAndPad(in_channels, out_channels)
-
-    def stem(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn1(self.conv1(x)), inplace=True)
 
 
 class ImageNetResNet(ResNet):
@@ -151,6 +152,7 @@ class ImageNetResNet(ResNet):
         super().__init__(block, stages, (64, 128, 256, 512), stem_channels=64)
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
+        self.stem_pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.finish(num_classes)
 
     @staticmethod
@@ -159,7 +161,3 @@ class ImageNetResNet(ResNet):
             return nn.Identity()
         conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
         return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
-
-    def stem(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.max_pool2d(x, 3, stride=2, padding=1)
