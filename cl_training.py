@@ -1,7 +1,9 @@
 """Stage 1: curriculum learning of the policy network, the pretrained ResNet frozen (Alg. 1)."""
 
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import engine
 import models
@@ -21,6 +23,35 @@ def parse_args():
     return parser.parse_args()
 
 
+def train_step(
+    policy_net: nn.Module, resnet: nn.Module, images: Tensor, labels: Tensor, mask: Tensor, args
+):
+    """Loss of one batch, and what became of its images under the sampled policies.
+
+    images (B, 3, H, W), labels (B,), mask (K,) of the blocks that are learned by now.
+    """
+    probs, _ = policy_net(images)
+    policy_map = utils.force_on(utils.most_probable(probs), mask)
+    probs = utils.bound(probs, args.alpha)
+    policy = utils.force_on(utils.sample(probs), mask)
+    with torch.no_grad():
+        logits_map, logits = resnet(images, torch.stack((policy_map, policy)))
+    reward_map, _ = utils.reward(logits_map, labels, policy_map, args.penalty)
+    reward, correct = utils.reward(logits, labels, policy, args.penalty)
+    loss = utils.policy_gradient_loss(probs, policy, reward - reward_map, mask)
+    loss = loss - args.beta * utils.entropy(probs)
+    return loss / len(images), {"policy": policy, "reward": reward, "correct": correct}
+
+
+def test_step(
+    policy_net: nn.Module, resnet: nn.Module, images: Tensor, labels: Tensor, mask: Tensor, args
+):
+    """What becomes of a batch under the most probable policies of this step of the curriculum."""
+    policy = utils.force_on(utils.most_probable(policy_net(images)[0]), mask)
+    reward, correct = utils.reward(resnet(images, policy), labels, policy, args.penalty)
+    return {"policy": policy, "reward": reward, "correct": correct}
+
+
 def main() -> None:
     args = parse_args()
     spec = engine.named(models.config, args.model)
@@ -28,41 +59,26 @@ def main() -> None:
         train, test = engine.data.load(spec, args, run.device)
         resnet, policy_net = models.build(args.model)
         run.load_base(resnet, models.load_resnet)
-        resnet.requires_grad_(False).eval()
-        run.place(resnet, policy_net)
+        run.place(resnet.requires_grad_(False).eval(), policy_net)
         optimizer = torch.optim.Adam(policy_net.parameters(), args.lr, weight_decay=args.wd)
         run.track("agent", policy_net, models.load_policy)
         run.track("optimizer", optimizer)
-
-        def train_step(images: Tensor, labels: Tensor):
-            probs, _ = policy_net(images)
-            policy_map = utils.force_on(utils.most_probable(probs), mask)
-            probs = utils.bound(probs, args.alpha)
-            policy = utils.force_on(utils.sample(probs), mask)
-            with torch.no_grad():
-                logits_map, logits = resnet(images, policy_map), resnet(images, policy)
-            reward_map, _ = utils.reward(logits_map, labels, policy_map, args.penalty)
-            reward, correct = utils.reward(logits, labels, policy, args.penalty)
-            loss = utils.policy_gradient_loss(probs, policy, reward - reward_map, mask)
-            loss = loss - args.beta * utils.entropy(probs)
-            return loss / len(images), {"policy": policy, "reward": reward, "correct": correct}
-
-        def test_step(images: Tensor, labels: Tensor):
-            probs, _ = policy_net(images)
-            policy = utils.force_on(utils.most_probable(probs), mask)
-            reward, correct = utils.reward(resnet(images, policy), labels, policy, args.penalty)
-            return {"policy": policy, "reward": reward, "correct": correct}
+        resnet.execution = args.execution
+        if args.execution == "sparse":  # it never changes, so its inference-only twin will do
+            resnet, _ = models.deploy(resnet, dtype=engine.device.dtype(args.precision))
 
         for epoch in run.epochs():
             engine.set_lr(optimizer, options.step_lr(args, epoch))
             cl_step = utils.curriculum_step(epoch, args.cl_step, args.cl_every)
             mask = utils.curriculum_mask(spec.num_blocks, cl_step, run.device)
             policy_net.train()
-            outcome = run.train_epoch(train_step, optimizer, train)
+            step = partial(train_step, policy_net, resnet, mask=mask, args=args)
+            outcome = run.train_epoch(step, optimizer, train)
             run.log_policies("train", *utils.performance_stats(*outcome.of_policies()))
             if run.tests(epoch):
                 policy_net.eval()
-                outcome = run.evaluate(test_step, test)
+                step = partial(test_step, policy_net, resnet, mask=mask, args=args)
+                outcome = run.evaluate(step, test)
                 run.log_policies("test", *utils.performance_stats(*outcome.of_policies()))
                 run.save_evaluated()
 

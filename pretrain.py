@@ -51,6 +51,7 @@ def drop_blocks(num_images: int, num_blocks: int, last: float, device: torch.dev
 def main() -> None:
     args = parse_args()
     spec = engine.named(models.config, args.model)
+    engine.checkpoint.keep_base(args.cv_dir or engine.checkpoint.base_directory(args.model))
     with engine.Run(args, 0, spec, engine.checkpoint.base_directory(args.model)) as run:
         train, test = engine.data.load(spec, args, run.device)
         resnet, _ = models.build(args.model)
@@ -96,8 +97,8 @@ def main() -> None:
                 tally = run.evaluate(test_step, test)
                 accuracy = tally["correct"].double().mean().item()
                 run.log(f"TS - A: {accuracy:.4f}", "test", accuracy=accuracy)
-        if run.done == args.max_epochs and run.metrics:
-            run.save(f"pk_E_{run.done}_A_{accuracy:.3f}.t7", acc=accuracy)
+            if epoch == args.max_epochs:
+                run.save(f"pk_E_{epoch}_A_{accuracy:.3f}.t7", acc=accuracy)
 
 
 if __name__ == "__main__":

@@ -85,13 +85,13 @@ def main() -> None:
     spec = engine.named(models.config, args.model)
     device = engine.device.pick()
     resnet, policy_net = load_networks(args, spec)
-    static = options.static_policy(args, spec.stages, utils.static_policy)
+    static = options.static_policy(args, spec.stages, utils.static_policy, device)
     if static is None:
-        static = torch.ones(spec.num_blocks)
-    _, test = engine.data.load(spec, args, device)
+        static = torch.ones(spec.num_blocks, device=device)
+    _, test = engine.data.load(spec, args, device, training=False)
     for network in filter(None, (resnet, policy_net)):
         engine.device.place(network, device).eval()
-    figures = profile(resnet, policy_net, static.to(device), test, spec, args.precision)
+    figures = profile(resnet, policy_net, static, test, spec, args.precision)
     if args.subset:
         print(f"first {figures['images']} images only", file=sys.stderr)
     print(

@@ -26,7 +26,8 @@ def most_probable(probs: Tensor) -> Tensor:
 
 def sample(probs: Tensor) -> Tensor:
     """One policy an image, each block drawn from its own Bernoulli distribution (Eq. 1)."""
-    return torch.bernoulli(probs)
+    # not torch.bernoulli, which stops a GPU for good at a NaN; here the loss shows it
+    return (torch.rand_like(probs) < probs).to(probs.dtype)
 
 
 def curriculum_step(epoch: int, first_step: int = 1, epochs_per_step: int = 1) -> int:

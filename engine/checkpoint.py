@@ -17,6 +17,7 @@ from .spec import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = "last.t7"
+NETWORKS = ("agent", "net", "resnet", "state_dict")
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -42,9 +43,27 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {reason}") from error
     except Exception as error:  # torch.load raises anything at all on damaged files
         raise UserError(f"{path}: truncated, damaged or no checkpoint") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    if not well_formed(content):
+        raise UserError(f"{path}: readable, but no checkpoint of this method or of a ResNet")
     return dict(content)
+
+
+def well_formed(content: Any) -> bool:
+    """Whether what stands under the names of a checkpoint is of the kind it has to be."""
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        return False
+    kinds = {"epoch": int, "args": Mapping, "stage": int, "base": str}
+    if not all(isinstance(content[name], kind) for name, kind in kinds.items() if name in content):
+        return False
+    networks = [content[name] for name in NETWORKS if name in content]
+    return all(is_state(network) for network in networks)
+
+
+def is_state(value: Any) -> bool:
+    """Whether a value is a state dict: tensors by name."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
 
 
 def write(content: Mapping[str, Any], path: str | Path) -> None:
@@ -92,6 +111,13 @@ def find_base(model: str, given: str | None) -> Path:
     return found[0]
 
 
+def keep_base(folder: str | Path) -> None:
+    """Refuse to train a base where there is one already: the stages could not tell them apart."""
+    found = sorted(Path(folder).glob("pk_E_*_A_*.t7"))
+    if found:
+        raise UserError(f"{shown(found[0])} is there already: train another in its own --cv_dir")
+
+
 def shown(path: Path) -> Path:
     """A path as a user would type it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -99,11 +125,11 @@ def shown(path: Path) -> Path:
 
 def resnet_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str, torch.Tensor]:
     """The ResNet's tensors in a pretrained file or stage-2 checkpoint."""
-    for key in ("state_dict", "resnet"):
-        if isinstance(content.get(key), Mapping):
+    for key in ("state_dict", "resnet", "model"):
+        if is_state(content.get(key)):
             return content[key]
-    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        return content  # a bare state dict, as torchvision publishes
+    if content and is_state(content):
+        return content  # bare, as torchvision publishes it
     if "agent" in content:
         raise UserError(f"{path}: a stage-1 checkpoint, which holds no ResNet")
     raise UserError(f"{path}: holds no ResNet (neither state_dict nor resnet)")
@@ -112,7 +138,7 @@ def resnet_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str,
 def policy_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str, torch.Tensor]:
     """The policy network's tensors, under the released code's newer or older key."""
     for key in ("agent", "net"):
-        if isinstance(content.get(key), Mapping):
+        if key in content:
             return content[key]
     what = "a pretrained ResNet" if "state_dict" in content else "no BlockDrop checkpoint"
     raise UserError(f"{path}: {what}, without a policy network (neither agent nor net)")
@@ -124,6 +150,7 @@ def read_for(spec: Spec, path: str | Path) -> dict[str, Any]:
     """
     content = read(path)
     other = content.get("model")
+    other = other if isinstance(other, str) else None
     blocks = blocks_of(content) or spec.num_blocks
     if (other or spec.name) != spec.name or blocks != spec.num_blocks:
         named = f"{other} ({blocks} blocks)" if other else f"{blocks} blocks"
@@ -136,8 +163,8 @@ def blocks_of(content: Mapping[str, Any]) -> int:
     policy = content.get("agent") or content.get("net") or {}
     bias = next((t for n, t in policy.items() if n.endswith("logit.bias")), None)
     if bias is not None:
-        return len(bias)
-    names = content.get("state_dict") or content
+        return bias.numel()
+    names = content.get("state_dict") or content.get("resnet") or content
     found = (re.search(r"(?:blocks\.|layer)(\d+\.\d+)\.conv1", str(name)) for name in names)
     return len({match[1] for match in found if match})
 
@@ -150,9 +177,14 @@ def load_base(spec: Spec, given: str | None, resnet: nn.Module, load: Callable) 
         load(resnet, resnet_weights(content, path))
 
 
+def is_of_base(content: Mapping[str, Any], resnet: nn.Module) -> bool:
+    """Whether a policy was learned on this base ResNet, as far as its checkpoint says."""
+    return content.get("base") in (None, fingerprint(resnet))
+
+
 def check_base(content: Mapping[str, Any], path: str | Path, resnet: nn.Module) -> None:
     """Refuse a stage-1 checkpoint whose policy was learned on another base ResNet."""
-    if content.get("base", fingerprint(resnet)) != fingerprint(resnet):
+    if not is_of_base(content, resnet):
         raise UserError(
             f"{path}: its policy was learned on another base ResNet: name that one with --base"
         )

@@ -85,9 +85,10 @@ def load(dataset: str, data_dir: str | Path, check: bool = True) -> dict[str, Te
     arrays = from_cache(source, cache)
     if arrays is None:
         arrays = find_or_fetch(dataset, source, folder)
-        verify(source, arrays, f"{dataset} in {folder}")
+        sums = digests(arrays)
+        verify(source, sums, f"{dataset} in {folder}")
         with contextlib.suppress(UserError):  # a read-only data set is still a data set
-            write(arrays, cache)
+            write({**arrays, "sha256": sums}, cache)
     return arrays
 
 
@@ -95,16 +96,24 @@ def from_cache(source: Source, cache: Path) -> dict[str, Tensor] | None:
     """The cached arrays, or None where they are missing or damaged and have to be made anew."""
     try:
         arrays = torch.load(cache, weights_only=True)
-        verify(source, arrays, cache)
+        sums = digests(arrays)
+        if sums != arrays.pop("sha256"):
+            return None
+        verify(source, sums, cache)
     except Exception:
         return None
     return arrays
 
 
-def verify(source: Source, arrays: dict[str, Tensor], where: object) -> None:
-    """Raise UserError unless the arrays are the published data set."""
-    for part, expected in zip(PARTS, source.sha256, strict=False):
-        if hashlib.sha256(arrays[part].numpy()).hexdigest() != expected:
+def digests(arrays: dict[str, Tensor]) -> tuple[str, ...]:
+    """SHA-256 of each array of PARTS."""
+    return tuple(hashlib.sha256(arrays[part].numpy()).hexdigest() for part in PARTS)
+
+
+def verify(source: Source, sums: tuple[str, ...], where: object) -> None:
+    """Raise UserError unless the arrays' digests are those of the published data set."""
+    for part, found, expected in zip(PARTS, sums, source.sha256, strict=False):
+        if found != expected:
             raise UserError(
                 f"{where}: the {part.replace('_', ' ')} are not the published ones (SHA-256 "
                 "differs): delete the files and they are fetched again, or accept them with "
@@ -126,7 +135,9 @@ def find_or_fetch(dataset: str, source: Source, folder: Path) -> dict[str, Tenso
         tqdm.write(f"{dataset}: trying {name}")
         try:
             return attempt(dataset, source, folder)
-        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a download fails in any way at all
             failures.append(f"{name} failed ({reason(error)})")
     raise UserError(
         f"{dataset} not found: {'; '.join(failures)}. Unpack the published Python version into "

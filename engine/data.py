@@ -15,6 +15,7 @@ from .errors import UserError
 from .spec import Spec
 
 PADDING = 4
+AUGMENTATION = 1  # its random numbers are not those of the training step
 
 
 class Loader(Protocol):
@@ -67,7 +68,7 @@ class TensorLoader:
         if not self.augment:
             nothing = torch.zeros(n, 2, dtype=torch.long, device=device)
             return torch.arange(n, device=device), nothing, nothing[:, 0].bool()
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch, AUGMENTATION))
         order = torch.randperm(n, generator=generator)
         corners = torch.randint(2 * PADDING + 1, (n, 2), generator=generator)
         flips = torch.rand(n, generator=generator) < 0.5
@@ -83,15 +84,17 @@ class TensorLoader:
 
 
 def load(
-    spec: Spec, args: argparse.Namespace, device: torch.device
+    spec: Spec, args: argparse.Namespace, device: torch.device, training: bool = True
 ) -> tuple[Loader | None, Loader]:
     """The training and evaluation loaders that the options ask for; see `engine.options`.
+
+    Without `training`, ImageNet does without its training pictures and their loader is None.
 
     `--val_split N` evaluates on the last N training images, which training then leaves out;
     `--subset N` keeps the first N images of both.
     """
     if spec.dataset == "ImageNet":
-        return imagenet.load(spec, args, device)
+        return imagenet.load(spec, args, device, training)
     arrays = cifar.load(spec.dataset, args.data_dir, check=not args.skip_data_check)
     train = arrays["train_images"], arrays["train_labels"]
     test = arrays["test_images"], arrays["test_labels"]

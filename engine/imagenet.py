@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from .device import derived_seed
 from .errors import UserError
+from .spec import Spec
 
 
 class FolderLoader:
@@ -43,9 +44,9 @@ class FolderLoader:
 
 
 def load(
-    spec, args: argparse.Namespace, device: torch.device
+    spec: Spec, args: argparse.Namespace, device: torch.device, training: bool
 ) -> tuple[FolderLoader | None, FolderLoader]:
-    """Loaders over data_dir/train (None where there is none) and data_dir/val.
+    """Loaders over data_dir/train (None without `training`) and data_dir/val.
 
     Training: short side to 256, random crop, flip. Evaluation: short side to 256, centre crop.
     """
@@ -60,14 +61,16 @@ def load(
     centre = transforms.Compose([resize, transforms.CenterCrop(size), *finish])
 
     root = Path(args.data_dir)
-    train = folder(root / "train", augment) if (root / "train").is_dir() else None
-    test = folder(root / "val", centre)
+    train = folder(root / "train", augment) if training or args.val_split else None
     if args.val_split:
-        if train is None:
-            raise UserError(f"{root / 'train'}: no such directory, and --val_split needs it")
+        if args.val_split >= len(train):
+            raise UserError(f"--val_split {args.val_split}: there are {len(train)} images in all")
+        # the folders are in order of class, so the last N would be of few classes
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         test = Subset(folder(root / "train", centre), chosen[-args.val_split :])
         train = Subset(train, chosen[: -args.val_split])
+    else:
+        test = folder(root / "val", centre)
     if args.subset:
         train = train and Subset(train, range(min(args.subset, len(train))))
         test = Subset(test, range(min(args.subset, len(test))))

@@ -24,24 +24,27 @@ def train_epoch(
 ) -> Tally:
     """Minimise the loss that `step(images, labels) -> (loss, results)` gives, batch by batch.
 
-    Raises UserError with the step's figures, before touching a weight, when a loss is not finite.
+    Raises UserError with the step's figures, before touching a weight, when the loss or a gradient
+    is not finite.
     """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tally = Tally(loader, epoch, f"epoch {epoch}")
     for number, (images, labels) in enumerate(tally, 1):
         with autocast(images.device, precision):
             loss, results = step(images, labels)
-        if not torch.isfinite(loss):
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.isfinite(loss.detach() + norm):
             figures = {name: value.float().mean().item() for name, value in results.items()}
             raise UserError(
-                f"the loss is {loss.item()} in epoch {epoch}, step {number} of {len(loader)} ("
+                f"the loss is {loss.item():.4g} and its gradient's norm {norm.item():.4g} in epoch "
+                f"{epoch}, step {number} of {len(loader)} ("
                 + ", ".join(f"mean {name} {value:.4g}" for name, value in figures.items())
                 + f", lr {optimizer.param_groups[0]['lr']:.3g}): lower --lr or use --precision fp32"
             )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         if clip_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         optimizer.step()
         tally.add(**results)
     return tally

@@ -1,8 +1,10 @@
 """Command-line options that the scripts share."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from .errors import Parser, about
@@ -33,11 +35,10 @@ alpha = number(float, lambda v: 0.5 < v <= 1, "in (0.5, 1]")
 
 
 def static(text: str) -> str:
-    """An argparse type: the name of a static policy, such as first:10."""
-    kind, _, keep = text.partition(":")
-    if kind not in ("first", "random", "distribute") or not keep.isdigit():
+    """An argparse type: the name of a static policy, such as first:10 or random:10:3."""
+    if not re.fullmatch(r"(first|distribute):\d+|random:\d+(:\d+)?", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not first:K, random:K or distribute:K with K blocks to keep"
+            f"{text!r} is not first:K, random:K, random:K:SEED or distribute:K, K blocks to keep"
         )
     return text
 
@@ -51,7 +52,13 @@ def parser(description: str, model: str = "R110_C10") -> Parser:
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic; bf16 autocasts")
     add("--seed", type=amount, default=0, help="of every random choice")
     add("--subset", type=count, help="train and evaluate on the first N images, for a quick look")
-    add("--val_split", type=amount, default=0, help="evaluate on the last N training images")
+    add(
+        "--val_split",
+        type=amount,
+        default=0,
+        help="evaluate on the last N training images (ImageNet: N drawn once) and leave them out "
+        "of training",
+    )
     add(
         "--skip_data_check",
         action="store_true",
@@ -70,19 +77,27 @@ def add_static(options: Parser) -> None:
     options.add_argument(
         "--policy",
         type=static,
-        help="static baseline first:K, random:K or distribute:K, in place of the policy network",
+        help="static baseline first:K, random:K[:SEED] or distribute:K, not the policy network",
     )
 
 
 def static_policy(
-    args: argparse.Namespace, stages: Sequence[int], make: Callable[..., Tensor]
+    args: argparse.Namespace,
+    stages: Sequence[int],
+    make: Callable[..., Tensor],
+    device: torch.device,
 ) -> Tensor | None:
-    """The (K,) policy that --policy names, by `utils.static_policy`; None without --policy."""
+    """The (K,) policy that --policy names, by `utils.static_policy`; None without --policy.
+
+    The seed of a random one becomes part of its name, so that checkpoints tell which it was.
+    """
     if args.policy is None:
         return None
-    kind, _, keep = args.policy.partition(":")
+    if args.policy.startswith("random") and args.policy.count(":") == 1:
+        args.policy += f":{args.seed}"
+    kind, keep, seed = (args.policy + ":0").split(":")[:3]
     with about(f"--policy {args.policy}"):
-        return make(kind, int(keep), stages, args.seed)
+        return make(kind, int(keep), stages, int(seed)).to(device)
 
 
 def add_training(options: Parser, lr: float, wd: float, max_epochs: int) -> None:
@@ -94,7 +109,7 @@ def add_training(options: Parser, lr: float, wd: float, max_epochs: int) -> None
     add("--cv_dir", help="where checkpoints and logs go (default: that of --load, or cv/tmp/)")
     add("--batch_size", type=count, default=256, help="images a step")
     add("--max_epochs", type=count, default=max_epochs, help="epochs in all, resumed ones included")
-    add("--parallel", action="store_true", help="share the work among all GPUs")
+    add("--parallel", action="store_true", help="taken for old commands; one device is used")
     add("--test_every", type=count, default=10, help="evaluate and save every so many epochs")
 
 
@@ -104,6 +119,12 @@ def add_steps(options: Parser, epoch_step: int, penalty: float) -> None:
     add("--penalty", type=finite, default=penalty, help="reward of a wrong prediction, -gamma")
     add("--epoch_step", type=count, default=epoch_step, help="epochs between learning-rate steps")
     add("--lr_decay_ratio", type=positive, default=0.1, help="learning-rate factor at a step")
+    add(
+        "--execution",
+        choices=("sparse", "masked"),
+        default="sparse",
+        help="compute blocks for the images that keep them, or for all and mask, as released",
+    )
     add("--alpha", type=alpha, default=0.8, help="keeps probabilities within [1 - alpha, alpha]")
 
 

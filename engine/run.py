@@ -29,7 +29,16 @@ HINTS = {
 }
 
 # options that a resumed run may well be given anew
-FREE_OPTIONS = {"load", "cv_dir", "data_dir", "max_epochs", "test_every", "base", "pretrained"}
+FREE_OPTIONS = {
+    "load",
+    "cv_dir",
+    "data_dir",
+    "policy",
+    "max_epochs",
+    "test_every",
+    "base",
+    "pretrained",
+}
 
 
 class Run:
@@ -54,15 +63,14 @@ class Run:
         if args.load:
             self.loaded = checkpoint.read_for(spec, args.load)
             self._check_stage()
-            self._tell_changes()
             self.done = int(self.loaded.get("epoch", 0))
             self.extras = {n: self.loaded[n] for n in ("base",) if n in self.loaded}
             source = Path(args.load)
             cv_dir = source if source.is_dir() else source.parent
         self.cv_dir = Path(args.cv_dir or cv_dir)
-        self._claim_directory()
-        if args.parallel and torch.cuda.device_count() > 1:
-            tqdm.write("--parallel: this version uses the first GPU only", file=sys.stderr)
+        self._claim_directory(new=not args.load or self.cv_dir.resolve() != cv_dir.resolve())
+        self._tell_changes()
+        device.keep_freed_memory()
         device.seed_everything(args.seed, 0)
 
     def __enter__(self) -> "Run":
@@ -107,9 +115,7 @@ class Run:
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, state: Any) -> None:
         """Moments come from the checkpoint, hyperparameters from the command line."""
         if state is None:  # the released code saves none
-            tqdm.write(
-                f"{self.args.load} holds no optimizer state: it starts afresh", file=sys.stderr
-            )
+            self.note(f"{self.args.load} holds no optimizer state: it starts afresh")
             return
         own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         optimizer.load_state_dict(state)
@@ -123,16 +129,20 @@ class Run:
                 f"{self.args.load}: {STAGES[stage]} cannot be continued here: {HINTS[stage]}"
             )
 
+    def note(self, text: str) -> None:
+        """Tell the user something that the results do not show."""
+        tqdm.write(text, file=sys.stderr)
+
     def _tell_changes(self) -> None:
         """Say which options differ from those that the run began with; the new ones hold."""
         before, now = self.loaded.get("args", {}), vars(self.args)
         for name in sorted(before.keys() & now.keys() - FREE_OPTIONS):
             if before[name] != now[name]:
-                tqdm.write(f"--{name} {now[name]} (was {before[name]})", file=sys.stderr)
+                self.note(f"--{name} {now[name]} (was {before[name]})")
 
-    def _claim_directory(self) -> None:
-        """Make sure that cv_dir can be written and holds no other run."""
-        if self.cv_dir.joinpath(checkpoint.LAST).exists() and not self.args.load:
+    def _claim_directory(self, new: bool) -> None:
+        """Make sure that cv_dir can be written and, where a new one is meant, holds no run."""
+        if new and self.cv_dir.joinpath(checkpoint.LAST).exists():
             raise UserError(
                 f"{self.cv_dir} already holds a run: go on with --load {self.cv_dir}, "
                 "or choose another --cv_dir"
@@ -149,7 +159,7 @@ class Run:
             tqdm.write(f"{self.args.load}: all {self.args.max_epochs} epochs are done")
             return
         self._open_logs()
-        if not self.loaded:
+        if not self.cv_dir.joinpath(checkpoint.LAST).exists():
             self.save(checkpoint.LAST)
         for epoch in range(self.done + 1, self.args.max_epochs + 1):
             device.seed_everything(self.args.seed, epoch)
@@ -180,7 +190,7 @@ class Run:
     def log(self, line: str, split: str, **figures: float) -> None:
         """Print a line, and put figures into metrics.jsonl and TensorBoard as <split>_<name>."""
         if self.args.subset:
-            line += f" | first {self.args.subset} images only"
+            line += f" | --subset {self.args.subset}"
         tqdm.write(line)
         sys.stdout.flush()
         for name, value in figures.items():

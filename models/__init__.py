@@ -1,5 +1,6 @@
 """What is computed: ResNets that run under a policy, policy networks, and their names."""
 
+from .deploy import deploy
 from .policy import PolicyNet
 from .registry import Config, build, config, names
 from .resnet import ResNet
@@ -11,6 +12,7 @@ __all__ = [
     "ResNet",
     "build",
     "config",
+    "deploy",
     "load_policy",
     "load_resnet",
     "names",

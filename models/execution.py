@@ -15,9 +15,21 @@ from torch.nn import functional as F
 Unit = tuple[nn.Module, nn.Module]
 
 
-def full(branch: nn.Module, shortcut: nn.Module, x: Tensor) -> Tensor:
-    """One block, kept by every image."""
+def block(branch: nn.Module, shortcut: nn.Module, x: Tensor) -> Tensor:
+    """One block, kept by every image of x."""
     return F.relu(branch(x) + shortcut(x), inplace=True)
+
+
+def full(units: Sequence[Unit], x: Tensor) -> Tensor:
+    """All blocks, kept by every image."""
+    for branch, shortcut in units:
+        x = block(branch, shortcut, x)
+    return x
+
+
+def shared_prefix(policies: Tensor) -> int:
+    """How many leading blocks every image keeps under every policy, of (P, B, K) policies."""
+    return int(policies.bool().flatten(0, -2).all(0).long().cumprod(0).sum())
 
 
 def kept_rows(policy: Tensor) -> list[Tensor]:
@@ -31,6 +43,19 @@ def kept_rows(policy: Tensor) -> list[Tensor]:
     return list(rows.split(by_block.sum(1).tolist()))
 
 
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows] of a (B, C, H, W) tensor, channels_last: `index_select` alone would lose that layout,
+    and every convolution after it would convert its input.
+    """
+    return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+
+
+def put_(x: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
+    """x[rows] = kept in place, both channels_last."""
+    x.permute(0, 2, 3, 1).index_copy_(0, rows, kept.to(x.dtype).permute(0, 2, 3, 1))
+    return x
+
+
 class Split(torch.autograd.Function):
     """x -> (x, x[rows]), the way into a block that only `rows` of the batch keep.
 
@@ -41,13 +66,13 @@ class Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows)
-        return x.view_as(x), x.index_select(0, rows)
+        return x.view_as(x), take(x, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_rest: Tensor, grad_kept: Tensor):
         (rows,) = ctx.saved_tensors
-        return grad_rest.index_copy_(0, rows, grad_kept.to(grad_rest.dtype)), None
+        return put_(grad_rest, rows, grad_kept), None
 
 
 class Merge(torch.autograd.Function):
@@ -57,26 +82,26 @@ class Merge(torch.autograd.Function):
     def forward(ctx, rest: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.kept_dtype = kept.dtype
-        return rest.index_copy(0, rows, kept.to(rest.dtype))
+        return put_(rest.clone(), rows, kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (rows,) = ctx.saved_tensors
         # a copy, because Split writes into it and others may hold this gradient
-        return grad.clone(), None, grad.index_select(0, rows).to(ctx.kept_dtype)
+        return grad.clone(), None, take(grad, rows).to(ctx.kept_dtype)
 
 
 def sparse(units: Sequence[Unit], x: Tensor, policy: Tensor) -> Tensor:
     """All blocks, each run on the rows of x that keep it."""
     for (branch, shortcut), rows in zip(units, kept_rows(policy), strict=True):
         if len(rows) == len(x):
-            x = full(branch, shortcut, x)
+            x = block(branch, shortcut, x)
         elif len(rows) == 0:
             x = shortcut(x)
         elif isinstance(shortcut, nn.Identity):
             rest, kept = Split.apply(x, rows)
-            x = Merge.apply(rest, rows, full(branch, shortcut, kept))
+            x = Merge.apply(rest, rows, block(branch, shortcut, kept))
         else:
             passed = shortcut(x)
             rest, kept = Split.apply(passed, rows)

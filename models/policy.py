@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .resnet import BasicBlock, CifarResNet, ImageNetResNet, ResNet
 
@@ -13,8 +12,9 @@ class PolicyNet(nn.Module):
     `vnet` is a value head that no loss uses; it stays so that released checkpoints load.
     """
 
-    def __init__(self, features: ResNet, num_blocks: int):
+    def __init__(self, features: ResNet, num_blocks: int, shrink: nn.Module):
         super().__init__()
+        self.shrink = shrink
         self.features = features
         self.num_blocks = num_blocks
         self.logit = nn.Linear(features.num_features, num_blocks)
@@ -22,7 +22,7 @@ class PolicyNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, 3, H, W). Returns probs (B, K) in (0, 1), float32 or wider, and value (B, 1)."""
-        x = self.features(x)
+        x = self.features(self.shrink(x))
         # under bfloat16 autocast a probability near 1 would round to 1 and its gradient to 0
         logits = self.logit(x)
         probs = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
@@ -33,14 +33,12 @@ class CifarPolicy(PolicyNet):
     """ResNet-8 on the 32x32 image."""
 
     def __init__(self, num_blocks: int):
-        super().__init__(CifarResNet((1, 1, 1), num_classes=None), num_blocks)
+        super().__init__(CifarResNet((1, 1, 1), None), num_blocks, nn.Identity())
 
 
 class ImageNetPolicy(PolicyNet):
     """ResNet-10 on the image average-pooled 2x2, 224 -> 112."""
 
     def __init__(self, num_blocks: int):
-        super().__init__(ImageNetResNet(BasicBlock, (1, 1, 1, 1), num_classes=None), num_blocks)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(F.avg_pool2d(x, 2))
+        features = ImageNetResNet(BasicBlock, (1, 1, 1, 1), None)
+        super().__init__(features, num_blocks, nn.AvgPool2d(2))

@@ -106,21 +106,26 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
         """Class scores of a batch, each image running exactly the blocks its policy keeps.
 
-        x: (B, 3, H, W). policy: (B, K) of 0/1 in any dtype; None keeps every block.
-        Returns (B, num_classes). Raises ValueError when the policy has another shape.
+        x: (B, 3, H, W). policy: (B, K) of 0/1 in any dtype, or (P, B, K) for P policies an image;
+        None keeps every block. Returns (B, classes) or (P, B, classes). Raises ValueError when the
+        policy has another shape.
         """
-        if policy is not None and policy.shape != (len(x), self.num_blocks):
+        units = self.units()
+        if policy is None:
+            return self.head(execution.full(units, self.stem(x)))
+        if policy.shape[-2:] != (len(x), self.num_blocks) or policy.ndim > 3:
             raise ValueError(
                 f"policy has shape {tuple(policy.shape)}, not {(len(x), self.num_blocks)}: "
                 "one row an image, one column a block"
             )
         x = self.stem(x)
-        if policy is None:
-            for branch, shortcut in self.units():
-                x = execution.full(branch, shortcut, x)
-        else:
-            x = execution.FORMS[self.execution](self.units(), x, policy)
-        return self.head(x)
+        start = 0
+        if policy.ndim == 3:  # what every policy keeps is computed once
+            start = execution.shared_prefix(policy)
+            x = execution.full(units[:start], x).repeat(len(policy), 1, 1, 1)
+        rest = policy[..., start:].flatten(0, -2)
+        x = execution.FORMS[self.execution](units[start:], x, rest)
+        return self.head(x).unflatten(0, policy.shape[:-1])
 
     def stem(self, x: Tensor) -> Tensor:
         return self.stem_pool(F.relu(self.bn1(self.conv1(x)), inplace=True))

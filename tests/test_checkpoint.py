@@ -72,6 +72,19 @@ def test_bad_files_are_told_in_one_line(tmp_path):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2], {"agent": torch.zeros(3)}, {"agent": {3: torch.zeros(1)}}, {3: torch.zeros(1)},
+        {"agent": {"w": "text"}}, {"agent": {}, "epoch": "two"}, {"agent": {}, "args": 3},
+    ],
+)  # fmt: skip
+def test_other_contents_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.t7")
+    with pytest.raises(UserError, match="x.t7: readable, but no checkpoint"):
+        checkpoint.read(tmp_path / "x.t7")
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)

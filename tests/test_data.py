@@ -131,8 +131,9 @@ def test_decoded_arrays_are_cached_and_a_damaged_cache_is_made_anew(published, c
     (tmp_path / "cifar-10-batches-py").unlink()
     arrays = cifar.load("CIFAR10", tmp_path)
     assert all(torch.equal(arrays[p], published[p]) for p in cifar.PARTS)
-    arrays["train_images"][0, 0, 0, 0] ^= 1
-    torch.save(arrays, cache)
+    content = torch.load(cache, weights_only=True)
+    content["train_images"][0, 0, 0, 0] ^= 1
+    torch.save(content, cache)
     (tmp_path / "cifar-10-batches-py").symlink_to(cifar_dir / "cifar-10-batches-py")
     assert torch.equal(cifar.load("CIFAR10", tmp_path)["train_images"], published["train_images"])
 
@@ -221,5 +222,9 @@ def test_pictures_in_folders(tmp_path):
     first, again, other = ([b for b in train.epoch(e)] for e in (1, 1, 2))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0][0], other[0][0])
+    _, val = engine.data.load(spec, options(tmp_path, val_split=2), torch.device("cpu"))
+    assert val.num_images == 2
+    with pytest.raises(UserError, match="6 images in all"):
+        engine.data.load(spec, options(tmp_path, val_split=6), torch.device("cpu"))
     with pytest.raises(UserError, match="no folder of pictures"):
         engine.data.load(spec, options(tmp_path / "none"), torch.device("cpu"))

@@ -1,0 +1,199 @@
+"""How fast dropped blocks are at inference: every contender in one process, medians, one table.
+
+    python benchmarks/inference.py                              17 of 54 blocks, drawn at random
+    python benchmarks/inference.py --load cv/x/ckpt.t7          the policies of a checkpoint
+
+`FLOP ratio` is the full network's FLOPs over the contender's: what the speed-up could at best be.
+ONNX Runtime takes part where it is installed (`pip install -r requirements-dev.txt`).
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from measure import conv_gflops, interleaved, machine, random_policies, table
+from torch import nn
+
+import engine
+import models
+import utils
+from engine import checkpoint, options
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def parse_args():
+    parser = options.parser(__doc__)
+    add = parser.add_argument
+    add("--load", help="checkpoint whose policies and weights to time")
+    add("--base", help="pretrained ResNet of a stage-1 checkpoint")
+    add("--keep", type=options.count, default=17, help="blocks kept of random policies")
+    add("--batch_sizes", type=options.count, nargs="+", default=[1, 32, 256, 1024])
+    add("--precisions", choices=DTYPES, nargs="+", default=list(DTYPES))
+    add("--repeats", type=options.count, default=30, help="rounds of all contenders")
+    add("--budget", type=options.positive, default=60.0, help="seconds a batch size and precision")
+    add("--no_compile", action="store_true", help="leave torch.compile out")
+    add("--json", type=Path, help="also write the figures to this file")
+    return parser.parse_args()
+
+
+class Plain(nn.Module):
+    """The full network alone, for exporters that cannot pass over the policy argument."""
+
+    def __init__(self, resnet: nn.Module):
+        super().__init__()
+        self.resnet = resnet
+
+    def forward(self, x):
+        return self.resnet(x)
+
+
+def onnx_session(resnet: nn.Module, x: torch.Tensor):
+    """A call that runs the exported full network, or None where ONNX Runtime is missing."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    export = torch.onnx.export(
+        Plain(resnet.cpu()), (x.cpu().contiguous(),), dynamo=True, verbose=False
+    )
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        export.model_proto.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+    )
+    feed = {session.get_inputs()[0].name: x.cpu().contiguous().numpy()}
+    return lambda: session.run(None, feed)
+
+
+def contenders(resnet, policy_net, x, policy, precision, args) -> tuple[dict, torch.Tensor]:
+    """Name -> a call without arguments, for one batch in one precision."""
+    dtype = DTYPES[precision]
+    fast, fast_policy = models.deploy(resnet, policy_net, dtype)
+    if policy is None:
+        policy = utils.most_probable(fast_policy(x)[0])
+    autocast = partial(engine.device.autocast, x.device, precision)
+
+    def eager(execution, policy):
+        def call():
+            resnet.execution = execution
+            with torch.no_grad(), autocast():
+                return resnet(x, policy)
+
+        return call
+
+    calls = {
+        "full, eager": eager("sparse", None),
+        "full, deployed": lambda: fast(x),
+        "masked, eager": eager("masked", policy),
+        "ours, eager": eager("sparse", policy),
+        "ours, deployed": lambda: fast(x, policy),
+        "ours, deployed, with policy net": lambda: (fast_policy(x), fast(x, policy)),
+    }
+    if not args.no_compile:
+        compiled = torch.compile(Plain(resnet))
+
+        def compiled_call():
+            with torch.no_grad(), autocast():
+                return compiled(x)
+
+        calls["full, torch.compile"] = compiled_call
+    if dtype == torch.float32 and x.device.type == "cpu":
+        session = onnx_session(resnet, x)
+        if session:
+            calls["full, ONNX Runtime"] = session
+    return calls, policy
+
+
+def rows_of(resnet, policy_net, spec, policy_source, x, precision, args) -> list[dict]:
+    """Time one batch in one precision; one row a contender."""
+    calls, policy = contenders(resnet, policy_net, x, policy_source, precision, args)
+    seconds = interleaved(calls, args.repeats, args.budget)
+    size = (3, spec.image_size, spec.image_size)
+    fixed, per_block = utils.block_flops(resnet, size)
+    full = fixed + per_block.sum().item()
+    kept = fixed + (policy.cpu().double() @ per_block).mean().item()
+    with_policy = kept + utils.count_flops(policy_net, size)
+    best_full = min(s for name, s in seconds.items() if name.startswith("full"))
+    gflops = conv_gflops(len(x), DTYPES[precision], x.device)
+    rows = []
+    for name, value in seconds.items():
+        flops = with_policy if "policy net" in name else kept if "ours" in name else full
+        reference = "full, deployed" if "deployed" in name else "full, eager"
+        rows.append(
+            {
+                "precision": precision,
+                "batch": len(x),
+                "contender": name,
+                "ms": value * 1e3,
+                "speed_up": seconds[reference] / value,
+                "flop_ratio": full / flops,
+                "efficiency": seconds[reference] / value / (full / flops),
+                "over_fastest_full": best_full / value,
+                "gflops": flops * len(x) / value / 1e9,
+                "conv_gflops": gflops,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    args = parse_args()
+    spec = engine.named(models.config, args.model)
+    device = engine.device.pick()
+    torch.manual_seed(args.seed)
+    resnet, policy_net = models.build(args.model)
+    if args.load:
+        content = checkpoint.read_for(spec, args.load)
+        models.load_policy(policy_net, checkpoint.policy_weights(content, args.load))
+        if "resnet" in content:
+            models.load_resnet(resnet, content["resnet"])
+        else:
+            checkpoint.load_base(spec, args.base, resnet, models.load_resnet)
+    for network in (resnet, policy_net):
+        engine.device.place(network, device).eval()
+    facts = machine()
+    print(json.dumps(facts))
+    rows = []
+    for precision in args.precisions:
+        for batch in args.batch_sizes:
+            if args.load:
+                args.batch_size = batch
+                x, _ = next(iter(engine.data.load(spec, args, device)[1].epoch(0)))
+                policy = None
+            else:
+                x = torch.randn(batch, 3, spec.image_size, spec.image_size, device=device)
+                x = x.contiguous(memory_format=torch.channels_last)
+                policy = random_policies(batch, spec.num_blocks, args.keep, device)
+            torch.compiler.reset()
+            rows += rows_of(resnet, policy_net, spec, policy, x, precision, args)
+            print(file=sys.stderr, end=".", flush=True)
+    header = [
+        "precision", "batch", "contender", "ms", "speed-up over the same full", "FLOP ratio",
+        "speed-up / FLOP ratio", "over the fastest full", "GFLOP/s", "of the convolutions' best",
+    ]  # fmt: skip
+    print()
+    print(
+        table(
+            header,
+            [
+                [
+                    r["precision"], r["batch"], r["contender"], f"{r['ms']:.2f}",
+                    f"{r['speed_up']:.2f}", f"{r['flop_ratio']:.2f}", f"{r['efficiency']:.2f}",
+                    f"{r['over_fastest_full']:.2f}", f"{r['gflops']:.0f}",
+                    f"{r['gflops'] / r['conv_gflops']:.2f}",
+                ]
+                for r in rows
+            ],
+        )
+    )  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    engine.run_script(main)

@@ -1,0 +1,102 @@
+"""Timing several contenders in turn in one process, and telling the machine they ran on."""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def interleaved(contenders: dict[str, Callable], repeats: int, budget: float) -> dict[str, float]:
+    """Median seconds of one call of each contender, called in turn so that drift hits them all.
+
+    Each is warmed up first; `repeats` rounds are run, fewer when `budget` seconds are used up, and
+    a call that takes little is repeated within its turn until it can be timed.
+    """
+    calls = {}
+    for name, call in contenders.items():
+        call(), call()
+        calls[name] = max(1, round(0.005 / timed(call, 1)))
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    start = time.perf_counter()
+    for done in range(repeats):
+        if done >= 5 and time.perf_counter() - start > budget:
+            break
+        for name, call in contenders.items():
+            seconds[name].append(timed(call, calls[name]))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def timed(call: Callable, times: int) -> float:
+    wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    wait()
+    return (time.perf_counter() - start) / times
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def conv_gflops(batch: int, dtype: torch.dtype, device: torch.device, repeats: int = 15) -> float:
+    """The machine's best GFLOP/s on the 3x3 convolutions of a CIFAR ResNet's three stages."""
+    calls = {}
+    for channels, size in ((16, 32), (32, 16), (64, 8)):
+        x = torch.randn(batch, channels, size, size, device=device, dtype=dtype)
+        w = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+        x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+        calls[channels] = lambda x=x, w=w: F.conv2d(x, w, padding=1)
+    with torch.inference_mode():
+        seconds = interleaved(calls, repeats, budget=10)
+    flops = 2 * batch * 9 * 16 * 16 * 32 * 32  # the same for each of the three shapes
+    return 3 * flops / sum(seconds.values()) / 1e9
+
+
+def machine() -> dict[str, str | int]:
+    """What a reader has to know to place the figures."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    facts = {
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def random_policies(batch: int, num_blocks: int, keep: int, device: torch.device) -> Tensor:
+    """(B, K) policies that each keep `keep` blocks, chosen at random for every image."""
+    order = torch.rand(batch, num_blocks, device=device).argsort(1)
+    return (order < keep).float()
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table with aligned columns."""
+    cells = [header] + [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -1,0 +1,179 @@
+"""Inference-only twins of the networks, for when the clock counts.
+
+BatchNorm is folded into the convolutions, weights and activations stay in one dtype, and the sum
+and relu that end a block run inside its last convolution where the backend has such a kernel
+(oneDNN on the CPU). A block writes over the rows that keep it, so the others are not touched.
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .execution import kept_rows, put_, shared_prefix, take
+from .policy import PolicyNet
+from .resnet import ResNet
+
+# Images that pass through the network together. On a CPU their activations should stay in the
+# cache (measured in benchmarks/README.md); on a GPU the whole batch keeps it busy.
+CPU_CHUNK = 64
+
+
+def deploy(
+    resnet: ResNet, policy_net: PolicyNet | None = None, dtype: torch.dtype = torch.float32
+) -> tuple["DeployedResNet", "DeployedPolicy | None"]:
+    """Inference-only copies of both networks on their device, weights and activations in `dtype`.
+
+    They are called like the originals and return float32, or float64 when `dtype` is that. Later
+    changes of the originals do not reach them.
+    """
+    with torch.no_grad():
+        return DeployedResNet(resnet, dtype), policy_net and DeployedPolicy(policy_net, dtype)
+
+
+class Conv:
+    """A convolution with its BatchNorm folded in, and what follows it in a residual network."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype):
+        conv, norm = deepcopy(conv).eval(), deepcopy(norm).eval()
+        folded = fuse_conv_bn_eval(conv, norm).to(dtype)
+        self.weight = folded.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.bias = folded.bias.detach()
+        self.geometry = (list(conv.padding), list(conv.stride), [1, 1], 1)
+        self.onednn = conv.weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+        if self.onednn:  # into the layout that its kernels read
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry)
+
+    def plain(self, x: Tensor) -> Tensor:
+        if self.onednn:
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, *self.geometry, "none", [], ""
+            )
+        padding, stride, _, _ = self.geometry
+        return F.conv2d(x, self.weight, self.bias, stride, padding)
+
+    def relu(self, x: Tensor) -> Tensor:
+        """relu(conv(x))."""
+        if self.onednn:
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, *self.geometry, "relu", [], ""
+            )
+        return self.plain(x).relu_()
+
+    def add_relu(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """relu(shortcut + conv(x)), written over `shortcut`."""
+        if self.onednn:
+            return torch.ops.mkldnn._convolution_pointwise_.binary(
+                shortcut, x, self.weight, self.bias, *self.geometry, "add", 1.0, "relu", [], ""
+            )
+        return shortcut.add_(self.plain(x)).relu_()
+
+
+class Block:
+    """A residual block and its shortcut."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module, dtype: torch.dtype):
+        count = sum(name.startswith("conv") for name, _ in branch.named_children())
+        self.convs = [
+            Conv(getattr(branch, f"conv{i}"), getattr(branch, f"bn{i}"), dtype)
+            for i in range(1, count + 1)
+        ]
+        self.is_identity = isinstance(shortcut, nn.Identity)
+        self.shortcut = shortcut
+        if isinstance(shortcut, nn.Sequential):
+            self.shortcut = Conv(*shortcut, dtype).plain
+
+    def run(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """relu(shortcut + F(x)), written over `shortcut`, which may be x itself."""
+        for conv in self.convs[:-1]:
+            x = conv.relu(x)
+        return self.convs[-1].add_relu(x, shortcut)
+
+    def full(self, x: Tensor) -> Tensor:
+        return self.run(x, x if self.is_identity else self.shortcut(x))
+
+    def sparse(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The block on the rows that keep it, the shortcut on the others; may write over x."""
+        if len(rows) == len(x):
+            return self.full(x)
+        passed = x if self.is_identity else self.shortcut(x)
+        if len(rows):
+            kept = take(x, rows)
+            shortcut = kept if self.is_identity else take(passed, rows)
+            put_(passed, rows, self.run(kept, shortcut))
+        return passed
+
+
+def linear(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
+
+
+class DeployedResNet(nn.Module):
+    """A ResNet's inference-only twin; see `deploy`."""
+
+    def __init__(self, resnet: ResNet, dtype: torch.dtype):
+        super().__init__()
+        self.num_blocks, self.dtype = resnet.num_blocks, dtype
+        self.wide = torch.promote_types(dtype, torch.float32)  # of pooling and everything after
+        self.conv1 = Conv(resnet.conv1, resnet.bn1, dtype)
+        self.pool = resnet.stem_pool
+        self.blocks = [Block(branch, shortcut, dtype) for branch, shortcut in resnet.units()]
+        self.fc = None
+        if resnet.fc is not None:
+            self.fc = linear(resnet.fc, self.wide)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
+        """As `ResNet.forward`; policy None, (B, K) or (P, B, K)."""
+        size = CPU_CHUNK if x.device.type == "cpu" else len(x)
+        if policy is None:
+            return torch.cat([self.head(self.full(self.stem(part))) for part in x.split(size)])
+        parts = zip(x.split(size), policy.split(size, dim=-2), strict=True)
+        return torch.cat([self.chunk(part, rows) for part, rows in parts], dim=-2)
+
+    def chunk(self, x: Tensor, policy: Tensor) -> Tensor:
+        x = self.stem(x)
+        start = 0
+        if policy.ndim == 3:
+            start = shared_prefix(policy)
+            for block in self.blocks[:start]:
+                x = block.full(x)
+            x = x.repeat(len(policy), 1, 1, 1)
+        for block, rows in zip(
+            self.blocks[start:], kept_rows(policy[..., start:].flatten(0, -2)), strict=True
+        ):
+            x = block.sparse(x, rows)
+        return self.head(x).unflatten(0, policy.shape[:-1])
+
+    def stem(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        return self.pool(self.conv1.relu(x))
+
+    def full(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block.full(x)
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3), dtype=self.wide)
+        return x if self.fc is None else F.linear(x, *self.fc)
+
+
+class DeployedPolicy(nn.Module):
+    """A policy network's inference-only twin; see `deploy`."""
+
+    def __init__(self, policy_net: PolicyNet, dtype: torch.dtype):
+        super().__init__()
+        self.num_blocks = policy_net.num_blocks
+        self.shrink = policy_net.shrink
+        self.features = DeployedResNet(policy_net.features, dtype)
+        self.logit = linear(policy_net.logit, self.features.wide)
+        self.vnet = linear(policy_net.vnet, self.features.wide)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `PolicyNet.forward`."""
+        x = self.features(self.shrink(x))
+        return torch.sigmoid(F.linear(x, *self.logit)), F.linear(x, *self.vnet)

@@ -1,0 +1,82 @@
+"""The inference-only twins compute what the originals compute."""
+
+import sys
+
+import pytest
+import torch
+from test_models import random_norms
+
+import models
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of 8 images, so that batches of 10 cross from one to the next."""
+    monkeypatch.setattr(sys.modules["models.deploy"], "CPU_CHUNK", 8)
+
+
+@pytest.fixture(params=["R14_C10", "R18_ImgNet", "R50_ImgNet"])
+def pair(request):
+    torch.manual_seed(0)
+    resnet, policy_net = models.build(request.param)
+    size = 32 if "C10" in request.param else 64
+    return random_norms(resnet), random_norms(policy_net), size
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_outputs_equal_the_originals(pair, dtype):
+    resnet, policy_net, size = pair
+    fast, fast_policy = models.deploy(resnet, policy_net, dtype)
+    x = torch.randn(10, 3, size, size, dtype=torch.float64)
+    policy = (torch.rand(10, resnet.num_blocks) < 0.5).float()
+    policy[3], policy[9] = 0, 1
+    ours = x if dtype == torch.float64 else x.float()
+    for given in (None, policy, policy[:1].expand(10, -1), torch.zeros_like(policy).bool()):
+        close(fast(ours, given), resnet(x, given), dtype)
+    close(fast(ours[:1], policy[:1]), resnet(x[:1], policy[:1]), dtype)
+    for found, expected in zip(fast_policy(ours), policy_net(x), strict=True):
+        close(found, expected, dtype)
+
+
+def close(found, expected, dtype):
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    error = (found.double() - expected).abs().max() / expected.abs().max().clamp_min(0.1)
+    assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("execution", ["sparse", "masked", "deployed"])
+def test_several_policies_in_one_pass(pair, execution):
+    resnet, _, size = pair
+    x = torch.randn(10, 3, size, size, dtype=torch.float64)
+    policies = (torch.rand(2, 10, resnet.num_blocks) < 0.5).double()
+    policies[..., :3] = 1  # what the curriculum forces on
+    expected = torch.stack([resnet(x, policy) for policy in policies])
+    if execution == "deployed":
+        resnet, _ = models.deploy(resnet, dtype=torch.float64)
+    else:
+        resnet.execution = execution
+    torch.testing.assert_close(resnet(x, policies), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_deploying_leaves_the_originals_as_they_were():
+    resnet, policy_net = models.build("R14_C10")
+    before = {n: t.clone() for n, t in resnet.state_dict().items()}
+    x = torch.randn(4, 3, 32, 32)
+    fast, _ = models.deploy(resnet.train(), policy_net.train())
+    first = fast(x, torch.ones(4, 6))
+    assert resnet.bn1.training and policy_net.features.bn1.training
+    assert all(torch.equal(before[n], t) for n, t in resnet.state_dict().items())
+    with torch.no_grad():
+        resnet.conv1.weight.zero_()
+    assert torch.equal(first, fast(x, torch.ones(4, 6)))
+
+
+def test_the_input_is_left_as_it_was():
+    resnet, _ = models.build("R14_C10")
+    fast, _ = models.deploy(resnet)
+    x = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    fast(x, torch.ones(4, 6)), fast(x)
+    assert torch.equal(x, before)
