@@ -27,11 +27,11 @@ demo: $(VENV)/run clean-demo
 	$(RUN) test.py $(FLAGS) --json $(DEMO)/full.json
 	@echo "== stage 1: curriculum learning of the policy"
 	$(RUN) cl_training.py $(FLAGS) --cv_dir $(DEMO)/cl --subset 8000 \
-		--batch_size 128 --max_epochs 15 --test_every 5 --penalty -0.2
+		--batch_size 128 --max_epochs 15 --test_every 5 --penalty -0.5
 	$(RUN) test.py $(FLAGS) --load $(DEMO)/cl --json $(DEMO)/stage1.json
 	@echo "== stage 2: policy and ResNet together"
 	$(RUN) finetune.py $(FLAGS) --cv_dir $(DEMO)/ft --pretrained $(DEMO)/cl/last.t7 \
-		--subset 20000 --max_epochs 5 --test_every 1 --lr 5e-4 --penalty -2
+		--subset 20000 --max_epochs 8 --test_every 2 --lr 5e-4 --penalty -2
 	$(RUN) test.py $(FLAGS) --load $(DEMO)/ft --json $(DEMO)/stage2.json
 	@$(RUN) benchmarks/summary.py full=$(DEMO)/full.json "stage 1=$(DEMO)/stage1.json" "stage 2=$(DEMO)/stage2.json"
 

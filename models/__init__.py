@@ -1,6 +1,6 @@
 """What is computed: ResNets that run under a policy, policy networks, and their names."""
 
-from .deploy import deploy
+from .deployment import deploy
 from .policy import PolicyNet
 from .registry import Config, build, config, names
 from .resnet import ResNet

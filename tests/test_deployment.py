@@ -1,12 +1,11 @@
 """The inference-only twins compute what the originals compute."""
 
-import sys
-
 import pytest
 import torch
 from test_models import random_norms
 
 import models
+from models import deployment
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
 
@@ -14,7 +13,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 8 images, so that batches of 10 cross from one to the next."""
-    monkeypatch.setattr(sys.modules["models.deploy"], "CPU_CHUNK", 8)
+    monkeypatch.setattr(deployment, "CPU_CHUNK", 8)
 
 
 @pytest.fixture(params=["R14_C10", "R18_ImgNet", "R50_ImgNet"])

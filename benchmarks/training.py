@@ -1,0 +1,232 @@
+"""What a training step costs when dropped blocks are computed and masked, and when they are not.
+
+    python benchmarks/training.py               one step of each stage: images/s, memory, parts
+    python benchmarks/training.py --curriculum  stage 1 at every step of the curriculum
+
+The policy network runs and learns as ever, but its answer is replaced by policies that keep
+`--keep` blocks drawn at random for each image, so that both contenders do the same work. Memory is
+the peak of a process of its own: resident on the CPU, allocated on a GPU.
+"""
+
+import argparse
+import importlib
+import json
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from measure import interleaved, machine, random_policies, table, wait
+from torch import nn
+
+import engine
+import models
+import utils
+from engine import options
+
+CONTENDERS = ("masked", "sparse")
+STEPS = {"stage 1": ("cl_training", 2048), "stage 2": ("finetune", 256)}
+
+
+def parse_args():
+    parser = options.parser(__doc__)
+    add = parser.add_argument
+    add("--keep", type=options.count, default=18, help="blocks kept")
+    add("--batch_sizes", type=options.count, nargs=2, default=[2048, 256], help="stage 1, stage 2")
+    add("--repeats", type=options.count, default=5, help="rounds")
+    add("--curriculum", action="store_true", help="time stage 1 at each step of the curriculum")
+    add("--json", type=Path, help="also write the figures to this file")
+    add("--peak", nargs=2, metavar=("STAGE", "CONTENDER"), help="only print one step's peak memory")
+    return parser.parse_args()
+
+
+class Clock(nn.Module):
+    """A module whose calls are timed."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.seconds = module, 0.0
+
+    def forward(self, *inputs):
+        wait()
+        start = time.perf_counter()
+        outputs = self.module(*inputs)
+        wait()
+        self.seconds += time.perf_counter() - start
+        return outputs
+
+
+class Steered(nn.Module):
+    """A policy network that runs as ever and then says what it is told, gradients included."""
+
+    def __init__(self, policy_net: nn.Module, policies: torch.Tensor):
+        super().__init__()
+        self.policy_net, self.certain = policy_net, 0.01 + 0.98 * policies
+
+    def forward(self, x):
+        probs, value = self.policy_net(x)
+        return self.certain + 1e-3 * (probs - 0.5), value
+
+
+class OneByOne(nn.Module):
+    """A ResNet that takes several policies in as many passes, as the released code does."""
+
+    def __init__(self, resnet: nn.Module):
+        super().__init__()
+        self.resnet = resnet
+
+    def forward(self, x, policies):
+        return torch.stack([self.resnet(x, policy) for policy in policies])
+
+
+def training_step(args, spec, stage: str, contender: str, batch: int, cl_step: int):
+    """A call that trains one batch, and the clocks of its two networks."""
+    script = importlib.import_module(STEPS[stage][0])
+    device = engine.device.pick()
+    torch.manual_seed(args.seed)
+    resnet, policy_net = models.build(args.model)
+    for network in (resnet, policy_net):
+        engine.device.place(network, device).train()
+    resnet.execution = contender
+    settings = argparse.Namespace(alpha=1.0, beta=0.1, penalty=-5.0)
+    policies = random_policies(batch, spec.num_blocks, args.keep, device)
+    policy_clock = Clock(Steered(policy_net, policies))
+    parameters = list(policy_net.parameters())
+    if stage == "stage 1":
+        resnet.requires_grad_(False).eval()
+        mask = utils.curriculum_mask(spec.num_blocks, cl_step, device)
+        dtype = engine.device.dtype(args.precision)
+        runner = (
+            OneByOne(resnet) if contender == "masked" else models.deploy(resnet, dtype=dtype)[0]
+        )
+        resnet_clock = Clock(runner)
+        step = partial(script.train_step, policy_clock, resnet_clock, mask=mask, args=settings)
+    else:
+        parameters += resnet.parameters()
+        resnet_clock = Clock(resnet)
+        step = partial(script.train_step, policy_clock, resnet_clock, args=settings)
+    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+    x = torch.randn(batch, 3, spec.image_size, spec.image_size, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.randint(0, spec.num_classes, (batch,), device=device)
+
+    def call():
+        with engine.device.autocast(device, args.precision):
+            loss, _ = step(x, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return call, (policy_clock, resnet_clock)
+
+
+def print_peak(args, spec, stage: str, contender: str) -> None:
+    """Peak memory of two training steps, and of the process before them, in MiB."""
+    batch = dict(zip(STEPS, args.batch_sizes, strict=True))[stage]
+    call, _ = training_step(args, spec, stage, contender, batch, spec.num_blocks)
+    before = memory_now()
+    call(), call()
+    print(json.dumps({"peak": memory_now(), "before": before}))
+
+
+def memory_now() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measured_peak(args, stage: str, contender: str) -> dict:
+    command = [sys.executable, __file__, "--peak", stage, contender, "--model", args.model]
+    command += ["--keep", str(args.keep), "--precision", args.precision]
+    command += ["--batch_sizes", *map(str, args.batch_sizes)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def compare_steps(args, spec) -> list[dict]:
+    """Both stages, both contenders: images per second, peak memory and where the time goes."""
+    rows = []
+    for (stage, _), batch in zip(STEPS.items(), args.batch_sizes, strict=True):
+        made = {
+            name: training_step(args, spec, stage, name, batch, spec.num_blocks)
+            for name in CONTENDERS
+        }
+        seconds = interleaved({n: call for n, (call, _) in made.items()}, args.repeats, 1e9)
+        for name, (call, clocks) in made.items():
+            for clock in clocks:
+                clock.seconds = 0.0
+            call()
+            policy, resnet = (clock.seconds for clock in clocks)
+            memory = measured_peak(args, stage, name)
+            rows.append(
+                {
+                    "stage": stage,
+                    "batch": batch,
+                    "contender": name,
+                    "seconds": seconds[name],
+                    "images_per_second": batch / seconds[name],
+                    "over_masked": seconds["masked"] / seconds[name],
+                    "peak_mib": memory["peak"],
+                    "step_mib": memory["peak"] - memory["before"],
+                    "policy_forward": policy,
+                    "resnet_forward": resnet,
+                    "backward_and_update": seconds[name] - policy - resnet,
+                }
+            )
+    return rows
+
+
+def compare_curriculum(args, spec) -> list[dict]:
+    """Stage 1 at every step of the curriculum, in turn masked and not."""
+    rows = []
+    for cl_step in range(1, spec.num_blocks + 1):
+        calls = {
+            name: training_step(args, spec, "stage 1", name, args.batch_sizes[0], cl_step)[0]
+            for name in CONTENDERS
+        }
+        seconds = interleaved(calls, 1, 1e9)
+        rows.append({"cl_step": cl_step, **seconds})
+        print(f"{cl_step} {seconds['masked'] / seconds['sparse']:.2f}", file=sys.stderr)
+    return rows
+
+
+def main() -> None:
+    args = parse_args()
+    spec = engine.named(models.config, args.model)
+    engine.device.keep_freed_memory()
+    if args.peak:
+        return print_peak(args, spec, *args.peak)
+    facts = machine()
+    print(json.dumps(facts))
+    if args.curriculum:
+        rows = compare_curriculum(args, spec)
+        totals = {name: sum(row[name] for row in rows) for name in CONTENDERS}
+        print(f"\ntotal of {len(rows)} steps: masked {totals['masked']:.1f} s, ", end="")
+        print(f"sparse {totals['sparse']:.1f} s, {totals['masked'] / totals['sparse']:.2f} times")
+    else:
+        rows = compare_steps(args, spec)
+        header = [
+            "stage", "batch", "contender", "images/s", "over masked", "peak MiB", "step MiB",
+            "policy forward s", "ResNet forward s", "backward and update s",
+        ]  # fmt: skip
+        cells = [
+            [
+                r["stage"], r["batch"], r["contender"], f"{r['images_per_second']:.0f}",
+                f"{r['over_masked']:.2f}", f"{r['peak_mib']:.0f}", f"{r['step_mib']:.0f}",
+                f"{r['policy_forward']:.2f}", f"{r['resnet_forward']:.2f}",
+                f"{r['backward_and_update']:.2f}",
+            ]
+            for r in rows
+        ]  # fmt: skip
+        print("\n" + table(header, cells))
+    if args.json:
+        args.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    engine.run_script(main)
