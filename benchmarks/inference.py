@@ -59,7 +59,7 @@ def onnx_session(resnet: nn.Module, x: torch.Tensor):
     except ImportError:
         return None
     export = torch.onnx.export(
-        Plain(resnet.cpu()), (x.cpu().contiguous(),), dynamo=True, verbose=False
+        Plain(resnet).cpu().eval(), (x.cpu().contiguous(),), dynamo=True, verbose=False
     )
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()

@@ -20,13 +20,15 @@ def interleaved(contenders: dict[str, Callable], repeats: int, budget: float) ->
     calls = {}
     for name, call in contenders.items():
         call(), call()
-        calls[name] = max(1, round(0.005 / timed(call, 1)))
+        calls[name] = max(1, round(0.02 / timed(call, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
     for done in range(repeats):
         if done >= 5 and time.perf_counter() - start > budget:
             break
         for name, call in contenders.items():
+            time.sleep(0.02)  # until the worker threads of the one before have stopped spinning
+            call()
             seconds[name].append(timed(call, calls[name]))
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .execution import kept_rows, put_, shared_prefix, take
+from .execution import as_images, as_rows, kept_rows, shared_prefix
 from .policy import PolicyNet
 from .resnet import ResNet
 
 # Images that pass through the network together. On a CPU their activations should stay in the
 # cache (measured in benchmarks/README.md); on a GPU the whole batch keeps it busy.
-CPU_CHUNK = 64
+CPU_CHUNK = 256
 
 
 def deploy(
@@ -31,6 +31,11 @@ def deploy(
     """
     with torch.no_grad():
         return DeployedResNet(resnet, dtype), policy_net and DeployedPolicy(policy_net, dtype)
+
+
+# what torch.compile emits for frozen networks: convolution and activation in one kernel
+fused_conv = torch.ops.mkldnn._convolution_pointwise.default
+fused_conv_add = torch.ops.mkldnn._convolution_pointwise_.binary
 
 
 class Conv:
@@ -48,27 +53,40 @@ class Conv:
 
     def plain(self, x: Tensor) -> Tensor:
         if self.onednn:
-            return torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, self.bias, *self.geometry, "none", [], ""
-            )
+            return fused_conv(x, self.weight, self.bias, *self.geometry, "none", [], "")
         padding, stride, _, _ = self.geometry
         return F.conv2d(x, self.weight, self.bias, stride, padding)
 
     def relu(self, x: Tensor) -> Tensor:
         """relu(conv(x))."""
         if self.onednn:
-            return torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, self.bias, *self.geometry, "relu", [], ""
-            )
+            return fused_conv(x, self.weight, self.bias, *self.geometry, "relu", [], "")
         return self.plain(x).relu_()
 
     def add_relu(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """relu(shortcut + conv(x)), written over `shortcut`."""
         if self.onednn:
-            return torch.ops.mkldnn._convolution_pointwise_.binary(
+            return fused_conv_add(
                 shortcut, x, self.weight, self.bias, *self.geometry, "add", 1.0, "relu", [], ""
             )
         return shortcut.add_(self.plain(x)).relu_()
+
+
+class Batch:
+    """Images (B, C, H, W), channels_last, and the same memory as a matrix with one row an image.
+
+    Both views are made once and serve many blocks: at small batches making them anew would cost
+    as much as the arithmetic.
+    """
+
+    def __init__(self, images: Tensor, matrix: Tensor | None = None):
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.matrix = as_rows(self.images) if matrix is None else matrix
+
+    def take(self, rows: Tensor) -> "Batch":
+        """A copy of some rows."""
+        matrix = self.matrix.index_select(0, rows)
+        return Batch(as_images(matrix, self.images), matrix)
 
 
 class Block:
@@ -94,15 +112,16 @@ class Block:
     def full(self, x: Tensor) -> Tensor:
         return self.run(x, x if self.is_identity else self.shortcut(x))
 
-    def sparse(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The block on the rows that keep it, the shortcut on the others; may write over x."""
-        if len(rows) == len(x):
-            return self.full(x)
-        passed = x if self.is_identity else self.shortcut(x)
-        if len(rows):
-            kept = take(x, rows)
-            shortcut = kept if self.is_identity else take(passed, rows)
-            put_(passed, rows, self.run(kept, shortcut))
+    def sparse(self, batch: "Batch", rows: Tensor) -> "Batch":
+        """The block on the rows that keep it, the shortcut on the others; may write over them."""
+        passed = batch if self.is_identity else Batch(self.shortcut(batch.images))
+        if len(rows) == len(batch.images):
+            self.run(batch.images, passed.images)
+        elif len(rows):
+            shortcut = passed.take(rows)
+            kept = shortcut if self.is_identity else batch.take(rows)
+            self.run(kept.images, shortcut.images)
+            passed.matrix.index_put_((rows,), shortcut.matrix)
         return passed
 
 
@@ -140,12 +159,11 @@ class DeployedResNet(nn.Module):
             start = shared_prefix(policy)
             for block in self.blocks[:start]:
                 x = block.full(x)
-            x = x.repeat(len(policy), 1, 1, 1)
-        for block, rows in zip(
-            self.blocks[start:], kept_rows(policy[..., start:].flatten(0, -2)), strict=True
-        ):
-            x = block.sparse(x, rows)
-        return self.head(x).unflatten(0, policy.shape[:-1])
+            x = torch.cat([x] * len(policy))
+        batch, rest = Batch(x), policy[..., start:].flatten(0, -2)
+        for block, rows in zip(self.blocks[start:], kept_rows(rest), strict=True):
+            batch = block.sparse(batch, rows)
+        return self.head(batch.images).unflatten(0, policy.shape[:-1])
 
     def stem(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype, memory_format=torch.channels_last)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -122,7 +123,7 @@ class ResNet(nn.Module):
         start = 0
         if policy.ndim == 3:  # what every policy keeps is computed once
             start = execution.shared_prefix(policy)
-            x = execution.full(units[:start], x).repeat(len(policy), 1, 1, 1)
+            x = torch.cat([execution.full(units[:start], x)] * len(policy))
         rest = policy[..., start:].flatten(0, -2)
         x = execution.FORMS[self.execution](units[start:], x, rest)
         return self.head(x).unflatten(0, policy.shape[:-1])
