@@ -18,7 +18,7 @@ from .resnet import ResNet
 
 # Images that pass through the network together. On a CPU their activations should stay in the
 # cache (measured in benchmarks/README.md); on a GPU the whole batch keeps it busy.
-CPU_CHUNK = 256
+CPU_CHUNK = 512
 
 
 def deploy(
@@ -88,6 +88,9 @@ class Batch:
         matrix = self.matrix.index_select(0, rows)
         return Batch(as_images(matrix, self.images), matrix)
 
+    def put_(self, rows: Tensor, kept: "Batch") -> None:
+        self.matrix.index_put_((rows,), kept.matrix)
+
 
 class Block:
     """A residual block and its shortcut."""
@@ -112,7 +115,7 @@ class Block:
     def full(self, x: Tensor) -> Tensor:
         return self.run(x, x if self.is_identity else self.shortcut(x))
 
-    def sparse(self, batch: "Batch", rows: Tensor) -> "Batch":
+    def sparse(self, batch: Batch, rows: Tensor) -> Batch:
         """The block on the rows that keep it, the shortcut on the others; may write over them."""
         passed = batch if self.is_identity else Batch(self.shortcut(batch.images))
         if len(rows) == len(batch.images):
@@ -121,7 +124,7 @@ class Block:
             shortcut = passed.take(rows)
             kept = shortcut if self.is_identity else batch.take(rows)
             self.run(kept.images, shortcut.images)
-            passed.matrix.index_put_((rows,), shortcut.matrix)
+            passed.put_(rows, shortcut)
         return passed
 
 
@@ -160,10 +163,27 @@ class DeployedResNet(nn.Module):
             for block in self.blocks[:start]:
                 x = block.full(x)
             x = torch.cat([x] * len(policy))
-        batch, rest = Batch(x), policy[..., start:].flatten(0, -2)
-        for block, rows in zip(self.blocks[start:], kept_rows(rest), strict=True):
+        rest, blocks = policy[..., start:].flatten(0, -2), self.blocks[start:]
+        x = self.alone(x, rest[0], blocks) if len(x) == 1 else self.together(x, rest, blocks)
+        return self.head(x).unflatten(0, policy.shape[:-1])
+
+    @staticmethod
+    def alone(x: Tensor, policy: Tensor, blocks: list[Block]) -> Tensor:
+        """Blocks on a single image, whose rows need no gathering; policy (K,)."""
+        for block, keep in zip(blocks, policy.tolist(), strict=True):
+            if keep:
+                x = block.full(x)
+            elif not block.is_identity:
+                x = block.shortcut(x)
+        return x
+
+    @staticmethod
+    def together(x: Tensor, policy: Tensor, blocks: list[Block]) -> Tensor:
+        """Blocks on a batch; policy (B, K)."""
+        batch = Batch(x)
+        for block, rows in zip(blocks, kept_rows(policy), strict=True):
             batch = block.sparse(batch, rows)
-        return self.head(batch.images).unflatten(0, policy.shape[:-1])
+        return batch.images
 
     def stem(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype, memory_format=torch.channels_last)
