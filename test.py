@@ -4,7 +4,10 @@ Without --load the pretrained ResNet runs with all its blocks.
 """
 
 import json
+import statistics
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +18,8 @@ import models
 import utils
 from engine import checkpoint, options
 
+TIMED_BATCHES, TIMED_SECONDS = 200, 30.0  # --time stops at whichever comes first
+
 
 def parse_args():
     parser = options.parser(__doc__)
@@ -23,6 +28,7 @@ def parse_args():
     add = parser.add_argument
     add("--load", help="stage-1 or stage-2 checkpoint, or the cv_dir that holds last.t7")
     add("--batch_size", type=options.count, default=1000, help="images a step")
+    add("--time", action="store_true", help="also time the deployed networks at this batch size")
     add("--json", type=Path, help="also write the figures, unrounded, to this file")
     return parser.parse_args()
 
@@ -80,10 +86,42 @@ def profile(resnet, policy_net, static: Tensor, test, spec, precision: str) -> d
     }
 
 
+def time_deployed(resnet, policy_net, static: Tensor, test, args) -> dict:
+    """Medians over batches: milliseconds an image, and the speed-up over the full ResNet.
+
+    Both run deployed, in turn on the same images, our side with the policy network.
+    """
+    fast, fast_policy = models.deploy(resnet, policy_net, engine.device.dtype(args.precision))
+
+    def ours() -> Tensor:
+        if fast_policy is None:
+            return fast(images, static.expand(len(images), -1))
+        return fast(images, utils.most_probable(fast_policy(images)[0]))
+
+    seconds, full_seconds = [], []
+    start = time.perf_counter()
+    for images, _ in test.epoch(0):
+        if len(images) < min(args.batch_size, test.num_images) or len(seconds) == TIMED_BATCHES:
+            break
+        if not seconds:
+            ours(), fast(images)
+        seconds.append(engine.device.timed(ours, images.device))
+        full_seconds.append(engine.device.timed(partial(fast, images), images.device))
+        if len(seconds) >= 5 and time.perf_counter() - start > TIMED_SECONDS:
+            break
+    median = statistics.median(seconds)
+    return {
+        "batch_size": args.batch_size,
+        "ms_per_image": median / min(args.batch_size, test.num_images) * 1e3,
+        "speed_up": statistics.median(full_seconds) / median,
+    }
+
+
 def main() -> None:
     args = parse_args()
     spec = engine.named(models.config, args.model)
     device = engine.device.pick()
+    engine.device.keep_freed_memory()
     resnet, policy_net = load_networks(args, spec)
     static = options.static_policy(args, spec.stages, utils.static_policy, device)
     if static is None:
@@ -100,6 +138,12 @@ def main() -> None:
         f"    FLOPs/img: {figures['flops']:.2E} ± {figures['flops_std']:.2E}\n"
         f"    Unique Policies: {figures['unique_policies']}"
     )
+    if args.time:
+        figures |= time_deployed(resnet, policy_net, static, test, args)
+        print(
+            f"    Time/img: {figures['ms_per_image']:.3f} ms\n"
+            f"    Speed-up: {figures['speed_up']:.2f} over the full ResNet, batch {args.batch_size}"
+        )
     if args.json:
         figures |= {name: getattr(args, name) for name in ("model", "load", "policy", "precision")}
         with engine.about(args.json):

@@ -12,8 +12,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from measure import conv_gflops, interleaved, machine, random_policies, table
 from torch import nn
@@ -145,6 +143,7 @@ def main() -> None:
     args = parse_args()
     spec = engine.named(models.config, args.model)
     device = engine.device.pick()
+    engine.device.keep_freed_memory()
     torch.manual_seed(args.seed)
     resnet, policy_net = models.build(args.model)
     if args.load:

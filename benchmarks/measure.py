@@ -3,12 +3,21 @@
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import engine  # noqa: E402
+
+timed = partial(engine.device.timed, device=engine.device.pick())
 
 
 def interleaved(contenders: dict[str, Callable], repeats: int, budget: float) -> dict[str, float]:
@@ -20,31 +29,18 @@ def interleaved(contenders: dict[str, Callable], repeats: int, budget: float) ->
     calls = {}
     for name, call in contenders.items():
         call(), call()
-        calls[name] = max(1, round(0.02 / timed(call, 1)))
+        calls[name] = max(1, round(0.02 / timed(call)))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
     for done in range(repeats):
-        if done >= 5 and time.perf_counter() - start > budget:
+        if done >= 3 and time.perf_counter() - start > budget:
             break
         for name, call in contenders.items():
             time.sleep(0.02)  # until the worker threads of the one before have stopped spinning
-            call()
-            seconds[name].append(timed(call, calls[name]))
+            if calls[name] > 1:
+                call()
+            seconds[name].append(timed(call, times=calls[name]))
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def timed(call: Callable, times: int) -> float:
-    wait()
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    wait()
-    return (time.perf_counter() - start) / times
-
-
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def conv_gflops(batch: int, dtype: torch.dtype, device: torch.device, repeats: int = 15) -> float:

@@ -14,14 +14,11 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
-from measure import interleaved, machine, random_policies, table, wait
+from measure import interleaved, machine, random_policies, table, timed
 from torch import nn
 
 import engine
@@ -53,12 +50,9 @@ class Clock(nn.Module):
         self.module, self.seconds = module, 0.0
 
     def forward(self, *inputs):
-        wait()
-        start = time.perf_counter()
-        outputs = self.module(*inputs)
-        wait()
-        self.seconds += time.perf_counter() - start
-        return outputs
+        outputs = []
+        self.seconds += timed(lambda: outputs.append(self.module(*inputs)))
+        return outputs[0]
 
 
 class Steered(nn.Module):
@@ -189,7 +183,9 @@ def compare_curriculum(args, spec) -> list[dict]:
             name: training_step(args, spec, "stage 1", name, args.batch_sizes[0], cl_step)[0]
             for name in CONTENDERS
         }
-        seconds = interleaved(calls, 1, 1e9)
+        for call in calls.values():
+            call()
+        seconds = {name: timed(call) for name, call in calls.items()}
         rows.append({"cl_step": cl_step, **seconds})
         print(f"{cl_step} {seconds['masked'] / seconds['sparse']:.2f}", file=sys.stderr)
     return rows

@@ -3,6 +3,8 @@
 import ctypes
 import platform
 import random
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -41,6 +43,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def derived_seed(*numbers: int) -> int:
     """One seed from several numbers, such as (seed, epoch), that differ in all their bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def timed(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """Seconds that one of several calls in a row takes, a GPU waited for."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    wait()
+    return (time.perf_counter() - start) / times
 
 
 def seed_everything(*numbers: int) -> None:

@@ -16,8 +16,8 @@ from .execution import as_images, as_rows, kept_rows, shared_prefix
 from .policy import PolicyNet
 from .resnet import ResNet
 
-# Images that pass through the network together. On a CPU their activations should stay in the
-# cache (measured in benchmarks/README.md); on a GPU the whole batch keeps it busy.
+# Images that pass through the network together on a CPU: few make the overhead of a call weigh,
+# many leave the cache (benchmarks/README.md has the figures). A GPU takes the whole batch.
 CPU_CHUNK = 512
 
 

@@ -311,6 +311,18 @@ def test_static_policies_pass_through_both_doors(run, common, base_file, tmp_pat
     assert status == 0 and "E: 2" in out and "S: 2.000" in out, err
 
 
+@pytest.mark.parametrize("options", [("--batch_size", 1), ("--batch_size", 16), ()])
+def test_timing_adds_two_lines(run, common, base_file, stage_1, options):
+    checkpoint_options = ["--base", base_file, "--load", named(stage_1)[1]]
+    for given in (checkpoint_options, ["--base", base_file, "--policy", "first:2"]):
+        status, out, err = run("test", *common, *given, *options, "--time")
+        assert status == 0, err
+        lines = out.splitlines()
+        assert len(lines) == 6 and lines[3].startswith("    Unique Policies: ")
+        assert re.fullmatch(r"    Time/img: \d+\.\d{3} ms", lines[4])
+        assert re.fullmatch(r"    Speed-up: \d+\.\d\d over the full ResNet, batch \d+", lines[5])
+
+
 def test_a_subset_is_told(run, common, base_file):
     status, out, err = run("test", *common, "--base", base_file, "--subset", 10)
     assert status == 0 and "first 10 images only" in err
