@@ -11,7 +11,6 @@ the peak of a process of its own: resident on the CPU, allocated on a GPU.
 import argparse
 import importlib
 import json
-import resource
 import subprocess
 import sys
 from functools import partial
@@ -123,15 +122,18 @@ def print_peak(args, spec, stage: str, contender: str) -> None:
     """Peak memory of two training steps, and of the process before them, in MiB."""
     batch = dict(zip(STEPS, args.batch_sizes, strict=True))[stage]
     call, _ = training_step(args, spec, stage, contender, batch, spec.num_blocks)
-    before = memory_now()
+    before = peak_memory()
     call(), call()
-    print(json.dumps({"peak": memory_now(), "before": before}))
+    print(json.dumps({"peak": peak_memory(), "before": before}))
 
 
-def memory_now() -> float:
+def peak_memory() -> float:
+    """Peak MiB of this process so far: allocated on the GPU, else resident (Linux)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    # not getrusage, whose peak a child process takes over from its parent
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM"))
 
 
 def measured_peak(args, stage: str, contender: str) -> dict:

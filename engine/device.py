@@ -20,13 +20,14 @@ def pick() -> torch.device:
 def keep_freed_memory() -> None:
     """Have glibc keep the memory that tensors free, not return it and fault it in again.
 
-    On two CPU cores a training step of ResNet-32 takes about a tenth less time this way.
+    On two CPU cores a training step of ResNet-32 takes about a twentieth less time this way. Larger
+    blocks than 64 MiB do go back: kept, they would fragment the heap and double its peak.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3)
     libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_threshold, 2**30)
+    libc.mallopt(mmap_threshold, 64 * 2**20)
     libc.mallopt(trim_threshold, 2**31 - 1)
 
 

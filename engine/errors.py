@@ -61,7 +61,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        status = fail(script, str(error), 2)
+        status = fail(script, f"{error}{told(error)}", 2)
     except KeyboardInterrupt as error:
         status = fail(script, f"interrupted{told(error)}", 130)
     except Stopped as error:

@@ -77,10 +77,11 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if self.writer:
-            self.writer.close()
-        last = self.cv_dir / checkpoint.LAST
-        if error is not None and last.exists():
+        if self.writer is None:
+            return
+        self.writer.close()
+        if error is not None:
+            last = self.cv_dir / checkpoint.LAST
             error.add_note(f"epoch {self.done} is kept; go on with --load {last}")
 
     def load_base(self, resnet: nn.Module, load: Callable) -> None:

@@ -17,7 +17,8 @@ Unit = tuple[nn.Module, nn.Module]
 
 def block(branch: nn.Module, shortcut: nn.Module, x: Tensor) -> Tensor:
     """One block, kept by every image of x."""
-    return F.relu(branch(x) + shortcut(x), inplace=True)
+    # in place: what BatchNorm needs of its output in the backward pass is nothing
+    return F.relu(branch(x).add_(shortcut(x)), inplace=True)
 
 
 def full(units: Sequence[Unit], x: Tensor) -> Tensor:
@@ -35,12 +36,12 @@ def shared_prefix(policies: Tensor) -> int:
 def kept_rows(policy: Tensor) -> list[Tensor]:
     """For each of the K blocks the indices of the images that keep it, from a (B, K) policy.
 
-    One `nonzero` and one copy of the K counts serve the whole network, so that a GPU is waited
-    for twice a forward pass and not twice a block.
+    One copy of the K counts to the host serves the whole network: a GPU is waited for once a
+    forward pass, not once a block.
     """
     by_block = policy.bool().t()
-    rows = by_block.nonzero()[:, 1]
-    return list(rows.split(by_block.sum(1).tolist()))
+    counts = by_block.sum(1).tolist()
+    return list(torch.nonzero_static(by_block, size=sum(counts))[:, 1].split(counts))
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def sparse(units: Sequence[Unit], x: Tensor, policy: Tensor) -> Tensor:
             passed = shortcut(x)
             rest, kept = Split.apply(passed, rows)
             branched = branch(Split.apply(x, rows)[1])
-            x = Merge.apply(rest, rows, F.relu(branched + kept, inplace=True))
+            x = Merge.apply(rest, rows, F.relu(branched.add_(kept), inplace=True))
     return x
 
 

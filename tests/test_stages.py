@@ -393,6 +393,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, common, tmp_path):
     )  # fmt: skip
     assert status == 2
     assert re.search(r"the loss is (nan|inf) .* in epoch \d+, step \d+ of 3 .*lower --lr", err)
+    assert err.count("\n") == 1 and f"go on with --load {tmp_path}" in err
     assert all(t.isfinite().all() for t in checkpoint.read(tmp_path)["state_dict"].values())
 
 
