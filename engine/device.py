@@ -20,8 +20,9 @@ def pick() -> torch.device:
 def keep_freed_memory() -> None:
     """Have glibc keep the memory that tensors free, not return it and fault it in again.
 
-    On two CPU cores a training step of ResNet-32 takes about a twentieth less time this way. Larger
-    blocks than 64 MiB do go back: kept, they would fragment the heap and double its peak.
+    On two CPU cores a training step of ResNet-32 takes about a twentieth less time this way. Blocks
+    above 64 MiB do go back: kept as well, they fragment the heap, and a stage-1 step of ResNet-110
+    at batch 2048 peaks at 3.9 GB in place of 2.8.
     """
     if platform.libc_ver()[0] != "glibc":
         return
