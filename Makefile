@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 # bfloat16 halves the time where the processor multiplies it in hardware, and only there
-PRECISION ?= $(shell grep -qsE 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo && echo bf16 || echo fp32)
+PRECISION ?= $(shell grep -qs bf16 /proc/cpuinfo && echo bf16 || echo fp32)
 DEMO := cv/demo
 FLAGS := --model R32_C10 --precision $(PRECISION)
 

@@ -51,8 +51,10 @@ def drop_blocks(num_images: int, num_blocks: int, last: float, device: torch.dev
 def main() -> None:
     args = parse_args()
     spec = engine.named(models.config, args.model)
-    engine.checkpoint.keep_base(args.cv_dir or engine.checkpoint.base_directory(args.model))
-    with engine.Run(args, 0, spec, engine.checkpoint.base_directory(args.model)) as run:
+    folder = engine.checkpoint.base_directory(args.model)
+    if not args.load:  # a run killed right after its last evaluation may still be gone on with
+        engine.checkpoint.keep_base(args.cv_dir or folder)
+    with engine.Run(args, 0, spec, folder) as run:
         train, test = engine.data.load(spec, args, run.device)
         resnet, _ = models.build(args.model)
         run.place(resnet)

@@ -55,14 +55,18 @@ def load_networks(args, spec) -> tuple[models.ResNet, models.PolicyNet | None]:
     return resnet, policy_net
 
 
+def decide(policy_net, static: Tensor, images: Tensor) -> Tensor:
+    """Policies (B, K) of a batch: the most probable, or without a policy network `static` (K,)."""
+    if policy_net is None:
+        return static.expand(len(images), -1)
+    return utils.most_probable(policy_net(images)[0])
+
+
 def profile(resnet, policy_net, static: Tensor, test, spec, precision: str) -> dict:
     """Run every image under its policy and gather the figures that test.py prints."""
 
     def test_step(images: Tensor, labels: Tensor):
-        if policy_net is None:
-            policy = static.expand(len(images), -1)
-        else:
-            policy = utils.most_probable(policy_net(images)[0])
+        policy = decide(policy_net, static, images)
         reward, correct = utils.reward(resnet(images, policy), labels, policy, penalty=0.0)
         return {"policy": policy, "reward": reward, "correct": correct}
 
@@ -94,9 +98,7 @@ def time_deployed(resnet, policy_net, static: Tensor, test, args) -> dict:
     fast, fast_policy = models.deploy(resnet, policy_net, engine.device.dtype(args.precision))
 
     def ours() -> Tensor:
-        if fast_policy is None:
-            return fast(images, static.expand(len(images), -1))
-        return fast(images, utils.most_probable(fast_policy(images)[0]))
+        return fast(images, decide(fast_policy, static, images))
 
     seconds, full_seconds = [], []
     start = time.perf_counter()

@@ -80,8 +80,9 @@ def put_(x: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
 class Split(torch.autograd.Function):
     """x -> (x, x[rows]), the way into a block that only `rows` of the batch keep.
 
-    Only `Merge` may consume the first output, with the same rows: its gradient's `rows` are then
-    void and are overwritten here, which spares a zero-filled tensor and an addition a block.
+    Only `Merge`, or nothing, may consume the first output, with the same rows: its gradient's
+    `rows` are then void and are overwritten here, which spares a zero-filled tensor and an addition
+    a block.
     """
 
     @staticmethod

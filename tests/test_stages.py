@@ -474,6 +474,21 @@ def test_a_second_base_is_not_put_beside_the_first(run, common, tmp_path):
     assert (tmp_path / "pk_E_1_A_0.100.t7").read_text() == "mine"
 
 
+def test_a_run_killed_after_its_base_was_written_goes_on(run, common, tmp_path):
+    options = [*common, "--max_epochs", 2, "--batch_size", 40, "--test_every", 1]
+    assert run("pretrain", *options, "--cv_dir", tmp_path)[0] == 0
+    (saved,) = tmp_path.glob("pk_E_2_*.t7")
+    before = checkpoint.read(saved)
+    content = checkpoint.read(tmp_path)
+    assert run("pretrain", *options[:-6], "--max_epochs", 1, "--batch_size", 40,
+               "--test_every", 1, "--cv_dir", tmp_path / "one")[0] == 0  # fmt: skip
+    (tmp_path / "last.t7").write_bytes((tmp_path / "one" / "last.t7").read_bytes())
+    status, out, err = run("pretrain", *options, "--load", tmp_path)
+    assert status == 0, err
+    assert checkpoint.read(tmp_path)["epoch"] == content["epoch"] == 2
+    assert checkpoint.read(saved).keys() == before.keys()
+
+
 def test_resuming_into_another_runs_directory_is_refused(run, common, base_file, stage_1, tmp_path):
     (tmp_path / "last.t7").write_text("another")
     refused(
