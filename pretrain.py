@@ -15,6 +15,7 @@ def parse_args():
     parser = options.parser(__doc__, model="R32_C10")
     options.add_training(parser, lr=0.4, wd=5e-4, max_epochs=160)
     add = parser.add_argument
+    add("--pretrained", help="ResNet to start from, instead of random weights")
     add("--warmup", type=options.fraction, default=0.1, help="part of the epochs with rising lr")
     add("--label_smoothing", type=options.fraction, default=0.05, help="of the cross entropy")
     add("--clip_norm", type=options.positive, default=5.0, help="largest gradient norm of a step")
@@ -57,6 +58,8 @@ def main() -> None:
     with engine.Run(args, 0, spec, folder) as run:
         train, test = engine.data.load(spec, args, run.device)
         resnet, _ = models.build(args.model)
+        if args.pretrained and not args.load:
+            engine.checkpoint.load_base(spec, args.pretrained, resnet, models.load_resnet)
         run.place(resnet)
         optimizer = torch.optim.SGD(
             weight_groups(resnet, args.wd), args.lr, momentum=0.9, nesterov=True
