@@ -18,29 +18,33 @@ def parse_args():
     options.add_steps(parser, epoch_step=10000, penalty=-1.0)
     add = parser.add_argument
     add("--beta", type=options.weight, default=0.1, help="weight of the entropy term")
+    add("--beta_end", type=options.weight, help="beta moves there in a line until the last epoch")
     add("--cl_step", type=options.count, default=1, help="blocks learned in the first epoch")
-    add("--cl_every", type=options.count, default=1, help="epochs until one more block is learned")
+    add("--cl_every", type=options.count, default=1, help="epochs until more blocks are learned")
+    add("--cl_blocks", type=options.count, default=1, help="blocks that are then learned more")
+    add("--samples", type=options.count, default=1, help="policies sampled for each image")
     return parser.parse_args()
 
 
 def train_step(
     policy_net: nn.Module, resnet: nn.Module, images: Tensor, labels: Tensor, mask: Tensor, args
 ):
-    """Loss of one batch, and what became of its images under the sampled policies.
+    """Loss of one batch, and what became of its images under the first of the sampled policies.
 
     images (B, 3, H, W), labels (B,), mask (K,) of the blocks that are learned by now.
     """
     probs, _ = policy_net(images)
-    policy_map = utils.force_on(utils.most_probable(probs), mask)
+    policy_map = utils.most_probable(probs)
     probs = utils.bound(probs, args.alpha)
-    policy = utils.force_on(utils.sample(probs), mask)
+    policies = [utils.sample(probs) for _ in range(args.samples)] + [policy_map]
+    policies = utils.force_on(torch.stack(policies), mask)
     with torch.no_grad():
-        logits_map, logits = resnet(images, torch.stack((policy_map, policy)))
-    reward_map, _ = utils.reward(logits_map, labels, policy_map, args.penalty)
-    reward, correct = utils.reward(logits, labels, policy, args.penalty)
-    loss = utils.policy_gradient_loss(probs, policy, reward - reward_map, mask)
+        logits = resnet(images, policies)
+    reward, correct = utils.reward(logits, labels, policies, args.penalty)
+    advantage = (reward - utils.leave_one_out(reward))[:-1]  # one sample: the self-critical one
+    loss = utils.policy_gradient_loss(probs, policies[:-1], advantage, mask) / args.samples
     loss = loss - args.beta * utils.entropy(probs)
-    return loss / len(images), {"policy": policy, "reward": reward, "correct": correct}
+    return loss / len(images), {"policy": policies[0], "reward": reward[0], "correct": correct[0]}
 
 
 def test_step(
@@ -68,16 +72,17 @@ def main() -> None:
             resnet, _ = models.deploy(resnet, dtype=engine.device.dtype(args.precision))
 
         for epoch in run.epochs():
-            engine.set_lr(optimizer, options.step_lr(args, epoch))
-            cl_step = utils.curriculum_step(epoch, args.cl_step, args.cl_every)
+            now = engine.schedule.at(args, epoch)
+            engine.optim.scale_lr(optimizer, engine.schedule.lr_factor(args, epoch))
+            cl_step = utils.curriculum_step(epoch, args.cl_step, args.cl_every, args.cl_blocks)
             mask = utils.curriculum_mask(spec.num_blocks, cl_step, run.device)
             policy_net.train()
-            step = partial(train_step, policy_net, resnet, mask=mask, args=args)
-            outcome = run.train_epoch(step, optimizer, train)
+            step = partial(train_step, policy_net, resnet, mask=mask, args=now)
+            outcome = run.train_epoch(step, [optimizer], train)
             run.log_policies("train", *utils.performance_stats(*outcome.of_policies()))
             if run.tests(epoch):
                 policy_net.eval()
-                step = partial(test_step, policy_net, resnet, mask=mask, args=args)
+                step = partial(test_step, policy_net, resnet, mask=mask, args=now)
                 outcome = run.evaluate(step, test)
                 run.log_policies("test", *utils.performance_stats(*outcome.of_policies()))
                 run.save_evaluated()

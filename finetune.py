@@ -22,7 +22,27 @@ def parse_args():
     options.add_training(parser, lr=1e-4, wd=0.0, max_epochs=2000)
     options.add_steps(parser, epoch_step=1600, penalty=-5.0)
     options.add_static(parser)
-    parser.add_argument("--pretrained", help="stage-1 checkpoint to start from")
+    add = parser.add_argument
+    add("--pretrained", help="stage-1 checkpoint to start from")
+    add(
+        "--resnet_lr",
+        type=options.positive,
+        help="train the ResNet by SGD with momentum at this rate, as pretrain.py does, not by Adam",
+    )
+    add("--resnet_wd", type=options.weight, default=5e-4, help="weight decay of that SGD")
+    add(
+        "--distill",
+        type=options.fraction,
+        default=0.0,
+        help="weight of learning the classes from the full base ResNet, out of 1 with the labels",
+    )
+    add("--temperature", type=options.positive, default=2.0, help="that softens its classes")
+    add(
+        "--recalibrate",
+        action="store_true",
+        help="before an evaluation, take BatchNorm's statistics anew, over the training images "
+        "under their most probable policies",
+    )
     args = parser.parse_args()
     if not (args.pretrained or args.load or args.policy):
         raise UserError("stage 2 starts from a stage-1 checkpoint: name one with --pretrained")
@@ -47,7 +67,26 @@ def load_start(run: engine.Run, resnet: models.ResNet, policy_net: models.Policy
             models.load_policy(policy_net, engine.checkpoint.policy_weights(start, path))
 
 
-def train_step(policy_net: nn.Module, resnet: nn.Module, images: Tensor, labels: Tensor, args):
+def load_teacher(run: engine.Run) -> nn.Module:
+    """The full base ResNet, deployed: images (B, 3, H, W) to logits."""
+    teacher, _ = models.build(run.args.model)
+    run.load_base(teacher, models.load_resnet)
+    run.place(teacher)
+    return models.deploy(teacher, dtype=engine.device.dtype(run.args.precision))[0]
+
+
+def task_loss(logits: Tensor, images: Tensor, labels: Tensor, args, teacher=None) -> Tensor:
+    """Cross entropy, and what `--distill` asks for of the agreement with the teacher."""
+    loss = F.cross_entropy(logits, labels)
+    if teacher is None:
+        return loss
+    agreement = utils.distillation(logits, teacher(images), args.temperature)
+    return (1 - args.distill) * loss + args.distill * agreement
+
+
+def train_step(
+    policy_net: nn.Module, resnet: nn.Module, images: Tensor, labels: Tensor, args, teacher=None
+):
     """Loss of one batch, and what became of its images (B, 3, H, W) under the sampled policies."""
     probs, _ = policy_net(images)
     policy_map = utils.most_probable(probs)
@@ -59,7 +98,7 @@ def train_step(policy_net: nn.Module, resnet: nn.Module, images: Tensor, labels:
     reward_map, _ = utils.reward(logits_map, labels, policy_map, args.penalty)
     reward, correct = utils.reward(logits, labels, policy, args.penalty)
     loss = utils.policy_gradient_loss(probs, policy, reward - reward_map)
-    loss = loss + F.cross_entropy(logits, labels)
+    loss = loss + task_loss(logits, images, labels, args, teacher)
     return loss, {"policy": policy, "reward": reward, "correct": correct}
 
 
@@ -73,13 +112,15 @@ def decide_alike(static: Tensor, images: Tensor) -> Tensor:
     return static.expand(len(images), -1)
 
 
-def static_train_step(static: Tensor, resnet: nn.Module, images: Tensor, labels: Tensor, args):
+def static_train_step(
+    static: Tensor, resnet: nn.Module, images: Tensor, labels: Tensor, args, teacher=None
+):
     """The same where every image gets the same policy (K,) and only the ResNet learns."""
     policy = decide_alike(static, images)
     logits = resnet(images, policy)
     reward, correct = utils.reward(logits, labels, policy, args.penalty)
     results = {"policy": policy, "reward": reward, "correct": correct}
-    return F.cross_entropy(logits, labels), results
+    return task_loss(logits, images, labels, args, teacher), results
 
 
 def test_step(decide: Callable, resnet: nn.Module, images: Tensor, labels: Tensor, args):
@@ -101,29 +142,39 @@ def main() -> None:
             load_start(run, resnet, policy_net)
         run.place(resnet, policy_net)
         resnet.execution = args.execution
+        teacher = load_teacher(run) if args.distill else None
         run.track("resnet", resnet, models.load_resnet)
-        parameters = list(resnet.parameters())
+        learned = [] if args.resnet_lr else list(resnet.parameters())
         if static is None:
             run.track("agent", policy_net, models.load_policy)
-            parameters += policy_net.parameters()
-        optimizer = torch.optim.Adam(parameters, args.lr, weight_decay=args.wd)
-        run.track("optimizer", optimizer)
-
-        if static is None:
-            train_batch = partial(train_step, policy_net, resnet, args=args)
-            test_batch = partial(test_step, partial(decide, policy_net), resnet, args=args)
+            learned += policy_net.parameters()
+            batch_step = partial(train_step, policy_net, resnet, teacher=teacher)
+            policies = partial(decide, policy_net)
         else:
-            train_batch = partial(static_train_step, static, resnet, args=args)
-            test_batch = partial(test_step, partial(decide_alike, static), resnet, args=args)
+            batch_step = partial(static_train_step, static, resnet, teacher=teacher)
+            policies = partial(decide_alike, static)
+        optimizers = {}
+        if learned:
+            optimizers["optimizer"] = torch.optim.Adam(learned, args.lr, weight_decay=args.wd)
+        if args.resnet_lr:
+            sgd = engine.optim.sgd(resnet, args.resnet_lr, args.resnet_wd)
+            optimizers["resnet_optimizer"] = sgd
+        for name, optimizer in optimizers.items():
+            run.track(name, optimizer)
+        optimizers = list(optimizers.values())
 
         for epoch in run.epochs():
-            engine.set_lr(optimizer, options.step_lr(args, epoch))
+            now = engine.schedule.at(args, epoch)
+            for optimizer in optimizers:
+                engine.optim.scale_lr(optimizer, engine.schedule.lr_factor(args, epoch))
             resnet.train(), policy_net.train()
-            outcome = run.train_epoch(train_batch, optimizer, train)
+            outcome = run.train_epoch(partial(batch_step, args=now), optimizers, train)
             run.log_policies("train", *utils.performance_stats(*outcome.of_policies()))
             if run.tests(epoch):
                 resnet.eval(), policy_net.eval()
-                outcome = run.evaluate(test_batch, test)
+                if args.recalibrate:
+                    run.recalibrate(lambda x: resnet(x, policies(x)), resnet, train)
+                outcome = run.evaluate(partial(test_step, policies, resnet, args=now), test)
                 run.log_policies("test", *utils.performance_stats(*outcome.of_policies()))
                 run.save_evaluated()
 

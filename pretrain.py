@@ -1,7 +1,5 @@
 """Stage 0: train a base ResNet, which the two policy stages then start from."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,20 +27,6 @@ def parse_args():
     return parser.parse_args()
 
 
-def cosine_lr(peak: float, progress: float, warmup: float) -> float:
-    """Learning rate at `progress` in [0, 1]: linear up to `warmup`, then a cosine to zero."""
-    if progress < warmup:
-        return peak * progress / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-
-
-def weight_groups(resnet: torch.nn.Module, wd: float) -> list[dict]:
-    """Weight decay on convolution and linear weights only, not on BatchNorm and biases."""
-    decayed = [p for p in resnet.parameters() if p.ndim > 1]
-    plain = [p for p in resnet.parameters() if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": wd}, {"params": plain, "weight_decay": 0.0}]
-
-
 def drop_blocks(num_images: int, num_blocks: int, last: float, device: torch.device) -> Tensor:
     """Policies (B, K) of stochastic depth (Huang et al. 2016): P(drop block k) = last * k / K."""
     drop = torch.arange(1, num_blocks + 1, device=device) / num_blocks * last
@@ -61,9 +45,7 @@ def main() -> None:
         if args.pretrained and not args.load:
             engine.checkpoint.load_base(spec, args.pretrained, resnet, models.load_resnet)
         run.place(resnet)
-        optimizer = torch.optim.SGD(
-            weight_groups(resnet, args.wd), args.lr, momentum=0.9, nesterov=True
-        )
+        optimizer = engine.optim.sgd(resnet, args.lr, args.wd)
         run.track("state_dict", resnet, models.load_resnet)
         run.track("optimizer", optimizer)
         step_number = 0
@@ -71,7 +53,7 @@ def main() -> None:
         def train_step(images: Tensor, labels: Tensor):
             nonlocal step_number
             progress = (epoch - 1 + step_number / len(train)) / args.max_epochs
-            engine.set_lr(optimizer, cosine_lr(args.lr, progress, args.warmup))
+            engine.optim.scale_lr(optimizer, engine.schedule.cosine(progress, args.warmup))
             step_number += 1
             policy = None
             if args.block_drop:
@@ -88,7 +70,7 @@ def main() -> None:
         for epoch in run.epochs():
             resnet.train()
             step_number = 0
-            tally = run.train_epoch(train_step, optimizer, train, clip_norm=args.clip_norm)
+            tally = run.train_epoch(train_step, [optimizer], train, clip_norm=args.clip_norm)
             accuracy = tally["correct"].double().mean().item()
             loss = tally["loss"].double().mean().item()
             run.log(

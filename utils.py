@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -30,9 +31,11 @@ def sample(probs: Tensor) -> Tensor:
     return (torch.rand_like(probs) < probs).to(probs.dtype)
 
 
-def curriculum_step(epoch: int, first_step: int = 1, epochs_per_step: int = 1) -> int:
-    """How many blocks are learned in an epoch, counted from 1: one more every so many epochs."""
-    return first_step + (epoch - 1) // epochs_per_step
+def curriculum_step(
+    epoch: int, first_step: int = 1, epochs_per_step: int = 1, blocks_per_step: int = 1
+) -> int:
+    """How many blocks are learned in an epoch, counted from 1: some more every so many epochs."""
+    return first_step + (epoch - 1) // epochs_per_step * blocks_per_step
 
 
 def curriculum_mask(
@@ -55,11 +58,20 @@ def reward(logits: Tensor, labels: Tensor, policy: Tensor, penalty: float) -> tu
     """Reward of each image's policy (Eq. 3): 1 - (|u| / K)^2 if the class is right, else `penalty`.
 
     logits: (B, classes). labels: (B,). policy: (B, K). penalty: -gamma of the paper.
-    Returns (B,) reward and (B,) bool, whether the class is right.
+    Returns (B,) reward and (B,) bool, whether the class is right. With logits (P, B, classes) and
+    policy (P, B, K), several policies an image, both are (P, B).
     """
-    correct = logits.argmax(1) == labels
-    usage = policy.sum(1) / policy.shape[1]
+    correct = logits.argmax(-1) == labels
+    usage = policy.sum(-1) / policy.shape[-1]
     return torch.where(correct, 1 - usage**2, penalty), correct
+
+
+def leave_one_out(reward: Tensor) -> Tensor:
+    """Baseline of each of an image's P >= 2 policies: the mean reward of its others.
+
+    reward: (P, B). Returns (P, B). Two policies are each other's baseline.
+    """
+    return (reward.sum(0) - reward) / (len(reward) - 1)
 
 
 def policy_gradient_loss(
@@ -67,15 +79,28 @@ def policy_gradient_loss(
 ) -> Tensor:
     """Loss whose gradient is the policy gradient (Eq. 6), summed over the batch.
 
-    probs: (B, K) the probabilities that `policy` (B, K) was drawn from. advantage: (B,), taken as
-    a constant. mask: (K,) bool, true for the blocks that count. Returns a scalar.
+    probs: (B, K) the probabilities that `policy`, (B, K) or (P, B, K), was drawn from. advantage:
+    (B,) or (P, B), taken as a constant. mask: (K,) bool, true for the blocks that count.
+    Returns a scalar.
     """
     likelihood = torch.where(policy.bool(), probs, 1 - probs)
     # alpha = 1 allows a probability of exactly 0, whose logarithm would be infinite
     log_probs = likelihood.clamp_min(torch.finfo(probs.dtype).eps).log()
     if mask is not None:
         log_probs = log_probs * mask
-    return -(advantage.detach()[:, None] * log_probs).sum()
+    return -(advantage.detach()[..., None] * log_probs).sum()
+
+
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Cross entropy with the teacher's softened classes, less its minimum; a mean over the batch.
+
+    logits, teacher_logits: (B, classes). Scaled by temperature^2, so that gradients keep their size
+    (Hinton, Vinyals and Dean 2015, arXiv 1503.02531). Returns a scalar, 0 where both agree.
+    """
+    log_probs = F.log_softmax(logits / temperature, 1)
+    target = F.log_softmax(teacher_logits.detach() / temperature, 1)
+    divergence = F.kl_div(log_probs, target, reduction="batchmean", log_target=True)
+    return temperature**2 * divergence
 
 
 def entropy(probs: Tensor) -> Tensor:

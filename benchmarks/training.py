@@ -86,7 +86,7 @@ def training_step(args, spec, stage: str, contender: str, batch: int, cl_step: i
     for network in (resnet, policy_net):
         engine.device.place(network, device).train()
     resnet.execution = contender
-    settings = argparse.Namespace(alpha=1.0, beta=0.1, penalty=-5.0)
+    settings = argparse.Namespace(alpha=1.0, beta=0.1, penalty=-5.0, samples=1)
     policies = random_policies(batch, spec.num_blocks, args.keep, device)
     policy_clock = Clock(Steered(policy_net, policies))
     parameters = list(policy_net.parameters())

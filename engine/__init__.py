@@ -1,8 +1,8 @@
 """Everything around the method: data, checkpoints, devices, logs and shared options."""
 
-from . import checkpoint, data, device, options
+from . import checkpoint, data, device, optim, options, schedule
 from .errors import UserError, about, named, run_script
-from .loop import evaluate, set_lr
+from .loop import evaluate
 from .run import Run
 
 __all__ = [
@@ -14,7 +14,8 @@ __all__ = [
     "device",
     "evaluate",
     "named",
+    "optim",
     "options",
     "run_script",
-    "set_lr",
+    "schedule",
 ]

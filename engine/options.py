@@ -114,8 +114,14 @@ def add_training(options: Parser, lr: float, wd: float, max_epochs: int) -> None
 
 
 def add_steps(options: Parser, epoch_step: int, penalty: float) -> None:
-    """The step schedule of the two policy stages, and what their reward needs."""
+    """The schedule of the two policy stages, and what their reward needs."""
     add = options.add_argument
+    add(
+        "--schedule",
+        choices=("step", "cosine"),
+        default="step",
+        help="of the learning rate: steps as released, or a cosine to zero at the last epoch",
+    )
     add("--penalty", type=finite, default=penalty, help="reward of a wrong prediction, -gamma")
     add("--epoch_step", type=count, default=epoch_step, help="epochs between learning-rate steps")
     add("--lr_decay_ratio", type=positive, default=0.1, help="learning-rate factor at a step")
@@ -126,8 +132,5 @@ def add_steps(options: Parser, epoch_step: int, penalty: float) -> None:
         help="compute blocks for the images that keep them, or for all and mask, as released",
     )
     add("--alpha", type=alpha, default=0.8, help="keeps probabilities within [1 - alpha, alpha]")
-
-
-def step_lr(args: argparse.Namespace, epoch: int) -> float:
-    """Learning rate in an epoch (from 1): times the decay ratio every `epoch_step` epochs."""
-    return args.lr * args.lr_decay_ratio ** ((epoch - 1) // args.epoch_step)
+    add("--alpha_end", type=alpha, help="alpha moves there in a line until the last epoch")
+    add("--penalty_end", type=finite, help="penalty moves there in a line until the last epoch")

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +174,25 @@ class Run:
             self.save(checkpoint.LAST)
 
     def train_epoch(
-        self, step: loop.TrainStep, optimizer: torch.optim.Optimizer, loader: Loader, **options
+        self,
+        step: loop.TrainStep,
+        optimizers: Sequence[torch.optim.Optimizer],
+        loader: Loader,
+        **options,
     ) -> Tally:
         """This epoch of training; see `engine.loop.train_epoch`."""
         epoch, precision = self.metrics["epoch"], self.args.precision
-        return loop.train_epoch(step, optimizer, loader, epoch, precision, **options)
+        return loop.train_epoch(step, optimizers, loader, epoch, precision, **options)
 
     def evaluate(self, step: loop.TestStep, loader: Loader) -> Tally:
         """An evaluation; see `engine.loop.evaluate`."""
         return loop.evaluate(step, loader, self.args.precision)
+
+    def recalibrate(
+        self, forward: Callable[[torch.Tensor], object], network: nn.Module, loader: Loader
+    ) -> None:
+        """Statistics of this epoch's training images; see `engine.loop.recalibrate`."""
+        loop.recalibrate(forward, network, loader, self.metrics["epoch"], self.args.precision)
 
     def tests(self, epoch: int) -> bool:
         """Whether this epoch ends with an evaluation: every so often, and always the last."""

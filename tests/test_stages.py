@@ -202,7 +202,8 @@ def profile_by_hand(path, base_file, cifar_dir):
 
 
 def step_args(**given):
-    return SimpleNamespace(**{"alpha": 0.8, "beta": 0.1, "penalty": -3.0} | given)
+    options = {"alpha": 0.8, "beta": 0.1, "penalty": -3.0, "samples": 1, "distill": 0.0}
+    return SimpleNamespace(**options | given)
 
 
 def expected_policy_loss(probs, policy, policy_map, right, right_map, args, learned):
@@ -254,6 +255,48 @@ def test_stage_1_loss_is_the_equations(networks):
     assert policy_loss != 0
     assert loss.item() == pytest.approx((policy_loss - 0.1 * entropy) / 12, rel=1e-9)
     assert torch.equal(results["correct"], right)
+
+
+def test_several_samples_are_set_against_one_another(networks):
+    resnet, policy_net, images = networks
+    labels = resnet(images).argmax(1)
+    mask = torch.ones(6, dtype=torch.bool)
+    torch.manual_seed(0)
+    args = step_args(samples=2, beta=0.0)
+    step = script_module("cl_training").train_step
+    loss, results = step(policy_net, resnet, images, labels, mask, args)
+
+    probs = policy_net(images)[0]
+    bounded = 0.8 * probs + 0.2 * (1 - probs)
+    torch.manual_seed(0)
+    policies = [(torch.rand_like(bounded) < bounded).double() for _ in range(2)]
+    policies.append((probs >= 0.5).double())
+    assert torch.equal(results["policy"], policies[0])
+    rewards = []
+    for policy in policies:
+        right = resnet(images, policy).argmax(1) == labels
+        rewards.append(torch.where(right, 1 - (policy.mean(1)) ** 2, -3.0))
+    expected = 0.0
+    for own, other in ((0, 1), (1, 0)):
+        advantage = rewards[own] - (rewards[other] + rewards[2]) / 2
+        log_pi = torch.distributions.Bernoulli(probs=bounded).log_prob(policies[own]).sum(1)
+        expected -= (advantage * log_pi).sum().item() / 2 / 12
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_distilling_adds_the_teacher_to_the_labels(networks):
+    resnet, policy_net, images = networks
+    labels = torch.arange(12) % 10
+    finetune = script_module("finetune")
+    logits, teacher = torch.randn(2, 12, 10, dtype=torch.float64)
+    loss = finetune.task_loss(
+        logits, images, labels, step_args(distill=0.25, temperature=3.0), lambda x: teacher
+    )
+    cross_entropy = torch.nn.CrossEntropyLoss()(logits, labels)
+    agreement = utils.distillation(logits, teacher, 3.0)
+    torch.testing.assert_close(loss, 0.75 * cross_entropy + 0.25 * agreement)
+    plain = finetune.task_loss(logits, images, labels, step_args())
+    torch.testing.assert_close(plain, cross_entropy)
 
 
 def test_stage_2_loss_is_the_equations(networks):
@@ -328,13 +371,30 @@ def test_a_subset_is_told(run, common, base_file):
     assert status == 0 and "first 10 images only" in err
 
 
-@pytest.mark.parametrize("script", ["pretrain", "cl_training", "finetune"])
-def test_resumed_run_ends_bit_identical(script, run, common, base_file, stage_1, tmp_path):
+FASTER = {  # than the released recipe: what the README offers, all at once
+    "cl_training": ["--schedule", "cosine", "--alpha_end", 0.95, "--beta_end", 0.01,
+                    "--penalty_end", -5, "--samples", 2, "--cl_blocks", 3],
+    "finetune": ["--schedule", "cosine", "--alpha_end", 0.95, "--penalty_end", -5,
+                 "--resnet_lr", 0.01, "--distill", 0.5, "--recalibrate"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "script, schedule",
+    [
+        ("pretrain", []),
+        ("cl_training", ["--epoch_step", 2]),
+        ("cl_training", FASTER["cl_training"]),
+        ("finetune", ["--epoch_step", 2]),
+        ("finetune", FASTER["finetune"]),
+    ],
+)
+def test_resumed_run_ends_bit_identical(
+    script, schedule, run, common, base_file, stage_1, tmp_path
+):
     options = options_of(script, common, base_file, stage_1)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    schedule = ["--test_every", 2, "--seed", 5]
-    if script != "pretrain":
-        schedule += ["--epoch_step", 2]
+    schedule = [*schedule, "--test_every", 2, "--seed", 5]
     assert run(script, *options, *schedule, "--cv_dir", whole, "--max_epochs", 3)[0] == 0
 
     # stop after the first epoch, as a crash would, and go on in a new process's state

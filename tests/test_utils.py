@@ -51,6 +51,11 @@ def test_curriculum_follows_algorithm_1():
     assert [utils.curriculum_step(t, 2, 3) for t in range(1, 8)] == [2, 2, 2, 3, 3, 3, 4]
 
 
+def test_a_curriculum_may_learn_several_blocks_more_at_a_time():
+    steps = [utils.curriculum_step(t, 1, 2, 3) for t in range(1, 7)]
+    assert steps == [1, 1, 4, 4, 7, 7]
+
+
 def test_forced_blocks_are_on_and_the_others_as_they_were():
     policy = torch.tensor([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     mask = torch.tensor([False, False, True, True])
@@ -70,6 +75,55 @@ def test_reward_against_equation_3(dtype):
         kept = sum(policy[i].tolist())
         assert correct[i].item() == right
         assert rewards[i].item() == pytest.approx(1 - (kept / 6) ** 2 if right else -5.0)
+
+
+def test_several_policies_an_image_are_rewarded_each():
+    torch.manual_seed(3)
+    logits, labels = torch.randn(3, 9, 4), torch.randint(0, 4, (9,))
+    policies = (torch.rand(3, 9, 6) < 0.5).float()
+    rewards, correct = utils.reward(logits, labels, policies, penalty=-5.0)
+    for p in range(3):
+        for i in range(9):
+            right = logits[p, i].argmax().item() == labels[i].item()
+            kept = sum(policies[p, i].tolist())
+            assert correct[p, i].item() == right
+            assert rewards[p, i].item() == pytest.approx(1 - (kept / 6) ** 2 if right else -5.0)
+
+
+def test_leave_one_out_is_the_mean_of_the_others():
+    reward = torch.randn(4, 5, dtype=torch.float64)
+    baseline = utils.leave_one_out(reward)
+    for p in range(4):
+        others = [reward[q] for q in range(4) if q != p]
+        torch.testing.assert_close(baseline[p], sum(others) / 3, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(utils.leave_one_out(reward[:2]), reward[:2].flip(0))
+
+
+def test_the_loss_of_several_policies_is_the_sum_of_theirs(probs):
+    policies = (torch.rand(3, 5, 7) < 0.5).double()
+    advantage = torch.randn(3, 5, dtype=torch.float64)
+    expected = 0.0
+    for p in range(3):
+        for i in range(5):
+            for k in range(7):
+                s = probs[i, k].item()
+                log_pi = math.log(s if policies[p, i, k] else 1 - s)
+                expected -= advantage[p, i].item() * log_pi
+    loss = utils.policy_gradient_loss(probs, policies, advantage)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_distillation_against_its_definition():
+    torch.manual_seed(5)
+    logits, teacher = torch.randn(2, 4, 3, dtype=torch.float64)
+    expected = 0.0
+    for own, other in zip(logits.tolist(), teacher.tolist(), strict=True):
+        p = [math.exp(z / 3) for z in own]
+        q = [math.exp(z / 3) for z in other]
+        p, q = ([v / sum(w) for v in w] for w in (p, q))
+        expected += 9 * sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)) / 4
+    assert utils.distillation(logits, teacher, 3.0).item() == pytest.approx(expected, rel=1e-9)
+    assert utils.distillation(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_policy_gradient_loss_against_a_loop(probs):

@@ -1,0 +1,77 @@
+"""Schedules, optimizers and statistics against a closed form or an independent computation."""
+
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import nn
+
+from engine import loop, optim, schedule
+
+
+def settings(**given):
+    plain = {"schedule": "step", "lr_decay_ratio": 0.1, "epoch_step": 3, "max_epochs": 5}
+    return Namespace(**plain | {"alpha": 0.8, "alpha_end": None, "penalty": -2.0} | given)
+
+
+def test_learning_rates_step_as_released():
+    factors = [schedule.lr_factor(settings(), epoch) for epoch in range(1, 8)]
+    assert factors == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01])
+
+
+def test_learning_rates_fall_in_a_cosine():
+    args = settings(schedule="cosine", max_epochs=4)
+    factors = [schedule.lr_factor(args, epoch) for epoch in range(1, 5)]
+    half = math.sqrt(0.5)
+    assert factors == pytest.approx([1, (1 + half) / 2, 0.5, (1 - half) / 2])
+    assert [schedule.cosine(p, warmup=0.5) for p in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(
+        [0, 0.5, 1, 0.5, 0]
+    )
+
+
+def test_settings_with_an_end_move_there_in_a_line():
+    args = settings(alpha_end=1.0, penalty_end=-10.0)
+    moved = [schedule.at(args, epoch) for epoch in range(1, 6)]
+    assert [now.alpha for now in moved] == pytest.approx([0.8, 0.85, 0.9, 0.95, 1.0])
+    assert [now.penalty for now in moved] == pytest.approx([-2, -4, -6, -8, -10])
+    assert args.alpha == 0.8 and schedule.at(settings(), 4).alpha == 0.8
+    assert schedule.at(settings(max_epochs=1, alpha_end=0.9), 1).alpha == 0.8
+
+
+def test_only_weights_decay_and_rates_scale_from_the_first():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    optimizer = optim.sgd(network, lr=0.2, wd=0.3)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for parameter in network.parameters():
+        assert decay[id(parameter)] == (0.3 if parameter.ndim > 1 else 0.0)
+    for factor in (0.5, 0.1):
+        optim.scale_lr(optimizer, factor)
+        assert all(g["lr"] == pytest.approx(0.2 * factor) for g in optimizer.param_groups)
+
+
+class Batches:
+    """A loader of given batches."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+        self.num_images = sum(map(len, batches))
+
+    def epoch(self, epoch):
+        return iter([(batch, torch.zeros(len(batch))) for batch in self.batches])
+
+
+def test_recalibration_takes_the_mean_of_the_batches_statistics():
+    torch.manual_seed(0)
+    used, unused = nn.BatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
+    unused.running_mean.fill_(7)
+    network = nn.ModuleList([used, unused])
+    batches = [torch.randn(5, 3, 2, 2, dtype=torch.float64) + shift for shift in (0, 1, 4)]
+    used(batches[2] * 9)  # what was there before is forgotten
+    loop.recalibrate(used, network, Batches(*batches), 1, "fp32")
+    means = torch.stack([b.mean((0, 2, 3)) for b in batches])
+    variances = torch.stack([b.transpose(0, 1).flatten(1).var(1) for b in batches])
+    torch.testing.assert_close(used.running_mean, means.mean(0))
+    torch.testing.assert_close(used.running_var, variances.mean(0))
+    assert unused.running_mean.eq(7).all() and unused.running_var.eq(1).all()
+    assert used.momentum == 0.1 and not network.training
