@@ -58,7 +58,7 @@ def test_step(
 
 def main() -> None:
     args = parse_args()
-    spec = engine.named(models.config, args.model)
+    spec = engine.named(partial(models.config, gated=False), args.model)
     with engine.Run(args, 1, spec) as run:
         train, test = engine.data.load(spec, args, run.device)
         resnet, policy_net = models.build(args.model)

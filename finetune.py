@@ -132,7 +132,7 @@ def test_step(decide: Callable, resnet: nn.Module, images: Tensor, labels: Tenso
 
 def main() -> None:
     args = parse_args()
-    spec = engine.named(models.config, args.model)
+    spec = engine.named(partial(models.config, gated=False), args.model)
     with engine.Run(args, 2, spec) as run:
         args.policy = args.policy or engine.checkpoint.static_policy_of(run.loaded)
         static = options.static_policy(args, spec.stages, utils.static_policy, run.device)

@@ -1,5 +1,7 @@
 """Stage 0: train a base ResNet, which the two policy stages then start from."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,7 +37,7 @@ def drop_blocks(num_images: int, num_blocks: int, last: float, device: torch.dev
 
 def main() -> None:
     args = parse_args()
-    spec = engine.named(models.config, args.model)
+    spec = engine.named(partial(models.config, gated=False), args.model)
     folder = engine.checkpoint.base_directory(args.model)
     if not args.load:  # a run killed right after its last evaluation may still be gone on with
         engine.checkpoint.keep_base(args.cv_dir or folder)

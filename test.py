@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 import engine
 import models
 import utils
-from engine import checkpoint, options
+from engine import UserError, checkpoint, options
 
 TIMED_BATCHES, TIMED_SECONDS = 200, 30.0  # --time stops at whichever comes first
 
@@ -26,11 +27,27 @@ def parse_args():
     options.add_base(parser)
     options.add_static(parser)
     add = parser.add_argument
-    add("--load", help="stage-1 or stage-2 checkpoint, or the cv_dir that holds last.t7")
+    add("--load", help="stage-1, stage-2 or AIG checkpoint, or the cv_dir that holds last.t7")
+    add("--sample_gates", action="store_true", help="AIG: draw the gates, do not take the likelier")
     add("--batch_size", type=options.count, default=1000, help="images a step")
     add("--time", action="store_true", help="also time the deployed networks at this batch size")
     add("--json", type=Path, help="also write the figures, unrounded, to this file")
     return parser.parse_args()
+
+
+def load_gated(args) -> models.GatedResNet:
+    """A ConvNet-AIG checkpoint's network, ours or the released code's."""
+    if not args.load:
+        raise UserError(f"{args.model} comes with no base: name its checkpoint with --load")
+    if args.policy:
+        raise UserError(f"{args.model} decides by its gates: leave --policy out")
+    net, _ = models.build(args.model)
+    content = checkpoint.read_for(models.config(args.model), args.load)
+    with engine.about(args.load):
+        models.load_gated(net, checkpoint.resnet_weights(content, args.load))
+    net.set_targets(content.get("targets", []))
+    net.sample_gates = args.sample_gates
+    return net
 
 
 def load_networks(args, spec) -> tuple[models.ResNet, models.PolicyNet | None]:
@@ -62,21 +79,37 @@ def decide(policy_net, static: Tensor, images: Tensor) -> Tensor:
     return utils.most_probable(policy_net(images)[0])
 
 
-def profile(resnet, policy_net, static: Tensor, test, spec, precision: str) -> dict:
-    """Run every image under its policy and gather the figures that test.py prints."""
+def run_under(resnet, policy_net, static: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of a batch and the policies (B, K) that its images ran under."""
+    policy = decide(policy_net, static, images)
+    return resnet(images, policy), policy
+
+
+def flops_by_block(resnet, policy_net, input_size) -> tuple[int, Tensor]:
+    """FLOPs of what every image runs, its decision included, and of each block; (K,)."""
+    if isinstance(resnet, models.GatedResNet):
+        fixed, per_block = utils.block_flops(resnet.resnet, input_size)
+        for k, gate in enumerate(resnet.gates):
+            if k not in resnet.always_on:
+                fixed += utils.count_flops(gate, (gate.fc1.in_features, 1, 1))
+        return fixed, per_block
+    fixed, per_block = utils.block_flops(resnet, input_size)
+    if policy_net is not None:
+        fixed += utils.count_flops(policy_net, input_size)
+    return fixed, per_block
+
+
+def profile(run: Callable, test, fixed: int, per_block: Tensor, precision: str) -> dict:
+    """Run every image by `run(images) -> (logits, policy)`; the figures that test.py prints."""
 
     def test_step(images: Tensor, labels: Tensor):
-        policy = decide(policy_net, static, images)
-        reward, correct = utils.reward(resnet(images, policy), labels, policy, penalty=0.0)
+        logits, policy = run(images)
+        reward, correct = utils.reward(logits, labels, policy, penalty=0.0)
         return {"policy": policy, "reward": reward, "correct": correct}
 
     outcome = engine.evaluate(test_step, test, precision)
     policies, rewards, correct = outcome.of_policies()
     accuracy, _, blocks, deviation, unique = utils.performance_stats(policies, rewards, correct)
-    input_size = (3, spec.image_size, spec.image_size)
-    fixed, per_block = utils.block_flops(resnet, input_size)
-    if policy_net is not None:
-        fixed += utils.count_flops(policy_net, input_size)
     flops = fixed + policies.double() @ per_block
     return {
         "accuracy": accuracy,
@@ -93,12 +126,19 @@ def profile(resnet, policy_net, static: Tensor, test, spec, precision: str) -> d
 def time_deployed(resnet, policy_net, static: Tensor, test, args) -> dict:
     """Medians over batches: milliseconds an image, and the speed-up over the full ResNet.
 
-    Both run deployed, in turn on the same images, our side with the policy network.
+    Both run deployed, in turn on the same images, our side with the policy network or the gates.
     """
     fast, fast_policy = models.deploy(resnet, policy_net, engine.device.dtype(args.precision))
+    full = fast
 
-    def ours() -> Tensor:
-        return fast(images, decide(fast_policy, static, images))
+    def ours():
+        return run_under(fast, fast_policy, static, images)
+
+    if isinstance(resnet, models.GatedResNet):
+        full = fast.resnet
+
+        def ours():
+            return fast(images)
 
     seconds, full_seconds = [], []
     start = time.perf_counter()
@@ -106,9 +146,9 @@ def time_deployed(resnet, policy_net, static: Tensor, test, args) -> dict:
         if len(images) < min(args.batch_size, test.num_images) or len(seconds) == TIMED_BATCHES:
             break
         if not seconds:
-            ours(), fast(images)
+            ours(), full(images)
         seconds.append(engine.device.timed(ours, images.device))
-        full_seconds.append(engine.device.timed(partial(fast, images), images.device))
+        full_seconds.append(engine.device.timed(partial(full, images), images.device))
         if len(seconds) >= 5 and time.perf_counter() - start > TIMED_SECONDS:
             break
     median = statistics.median(seconds)
@@ -124,14 +164,16 @@ def main() -> None:
     spec = engine.named(models.config, args.model)
     device = engine.device.pick()
     engine.device.keep_freed_memory()
-    resnet, policy_net = load_networks(args, spec)
+    resnet, policy_net = (load_gated(args), None) if spec.gated else load_networks(args, spec)
     static = options.static_policy(args, spec.stages, utils.static_policy, device)
     if static is None:
         static = torch.ones(spec.num_blocks, device=device)
     _, test = engine.data.load(spec, args, device, training=False)
     for network in filter(None, (resnet, policy_net)):
         engine.device.place(network, device).eval()
-    figures = profile(resnet, policy_net, static, test, spec, args.precision)
+    run = resnet if spec.gated else partial(run_under, resnet, policy_net, static)
+    costs = flops_by_block(resnet, policy_net, (3, spec.image_size, spec.image_size))
+    figures = profile(run, test, *costs, args.precision)
     if args.subset:
         print(f"first {figures['images']} images only", file=sys.stderr)
     print(
@@ -140,6 +182,8 @@ def main() -> None:
         f"    FLOPs/img: {figures['flops']:.2E} ± {figures['flops_std']:.2E}\n"
         f"    Unique Policies: {figures['unique_policies']}"
     )
+    if spec.gated:
+        print(f"    Gates: {'sampled' if args.sample_gates else 'argmax'}")
     if args.time:
         figures |= time_deployed(resnet, policy_net, static, test, args)
         print(

@@ -108,6 +108,16 @@ def entropy(probs: Tensor) -> Tensor:
     return -(probs * probs.clamp_min(torch.finfo(probs.dtype).eps).log()).sum()
 
 
+def target_rate_loss(executed: Tensor, targets: Tensor) -> Tensor:
+    """ConvNet-AIG's loss: squared distance of each block's execution rate from its target.
+
+    executed: (B, K) gates. targets: (K,); blocks with target 1 are left out. Returns the sum over
+    blocks divided by K, as the released code does, a scalar.
+    """
+    distance = (executed.mean(0) - targets) ** 2
+    return distance.masked_fill(targets >= 1, 0).mean()
+
+
 def performance_stats(
     policies: Tensor, rewards: Tensor, correct: Tensor
 ) -> tuple[float, float, float, float, set[tuple[int, ...]]]:

@@ -52,7 +52,7 @@ def well_formed(content: Any) -> bool:
     """Whether what stands under the names of a checkpoint is of the kind it has to be."""
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         return False
-    kinds = {"epoch": int, "args": Mapping, "stage": int, "base": str}
+    kinds = {"epoch": int, "args": Mapping, "stage": int, "base": str, "targets": list}
     if not all(isinstance(content[name], kind) for name, kind in kinds.items() if name in content):
         return False
     networks = [content[name] for name in NETWORKS if name in content]

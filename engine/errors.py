@@ -19,13 +19,18 @@ class Stopped(BaseException):
     """SIGTERM arrived; like KeyboardInterrupt, no ordinary `except` may swallow it."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that tells the defaults of the options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage text."""
 
     def __init__(self, **kwargs):
-        super().__init__(
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs
-        )
+        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all options)")

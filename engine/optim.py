@@ -12,6 +12,9 @@ def sgd(network: nn.Module, lr: float, wd: float) -> optim.SGD:
 
 
 def scale_lr(optimizer: optim.Optimizer, factor: float) -> None:
-    """Set the learning rate to a multiple of the one that the optimizer was made with."""
+    """Set learning rates to a multiple of those that the optimizer was made with.
+
+    A group that is to have a rate of its own says so in `initial_lr`.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = factor * optimizer.defaults["lr"]
+        group["lr"] = factor * group.get("initial_lr", optimizer.defaults["lr"])

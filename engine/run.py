@@ -21,11 +21,17 @@ from .errors import UserError, about
 from .spec import Spec
 from .tally import Tally
 
-STAGES = {0: "a pretrained ResNet", 1: "a stage-1 checkpoint", 2: "a stage-2 checkpoint"}
+STAGES = {
+    0: "a pretrained ResNet",
+    1: "a stage-1 checkpoint",
+    2: "a stage-2 checkpoint",
+    3: "a ConvNet-AIG checkpoint",
+}
 HINTS = {
     0: "give it to the stages with --base",
     1: "start stage 2 from it with finetune.py --pretrained",
     2: "go on from it with finetune.py",
+    3: "go on from it with aig_training.py",
 }
 
 # options that a resumed run may well be given anew
@@ -231,16 +237,21 @@ class Run:
             unique_policies=unique,
         )
 
+    def log_rates(self, split: str, rates: torch.Tensor) -> None:
+        """Put how often each block was executed, (K,), into metrics.jsonl and TensorBoard."""
+        self.metrics[f"{split}_rates"] = [round(rate, 4) for rate in rates.tolist()]
+        for k, rate in enumerate(rates.tolist()):
+            self.writer.add_scalar(f"{split}_rate/block_{k:02d}", rate, self.metrics["epoch"])
+
     def save_evaluated(self) -> None:
         """Write the named checkpoint of an epoch whose test figures were logged."""
-        figures = self.metrics
-        epoch, accuracy, reward = (figures[k] for k in ("epoch", "test_accuracy", "test_reward"))
-        blocks, unique = figures["test_sparsity"], figures["test_unique_policies"]
-        self.save(
-            f"ckpt_E_{epoch}_A_{accuracy:.3f}_R_{reward:.2E}_S_{blocks:.2f}_#_{unique}.t7",
-            acc=accuracy,
-            reward=reward,
-        )
+        epoch, accuracy = self.metrics["epoch"], self.metrics["test_accuracy"]
+        blocks, unique = self.metrics["test_sparsity"], self.metrics["test_unique_policies"]
+        name, figures = f"ckpt_E_{epoch}_A_{accuracy:.3f}", {"acc": accuracy}
+        if "test_reward" in self.metrics:  # ConvNet-AIG has none
+            figures["reward"] = self.metrics["test_reward"]
+            name += f"_R_{figures['reward']:.2E}"
+        self.save(f"{name}_S_{blocks:.2f}_#_{unique}.t7", **figures)
 
     def save(self, name: str, **figures: float) -> None:
         """Write a checkpoint from which the run goes on exactly."""

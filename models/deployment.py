@@ -6,12 +6,14 @@ and relu that end a block run inside its last convolution where the backend has 
 """
 
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from .aig import CLOSED, OPEN, Gate, GatedResNet
 from .execution import as_images, as_rows, kept_rows, shared_prefix
 from .policy import PolicyNet
 from .resnet import ResNet
@@ -22,14 +24,18 @@ CPU_CHUNK = 512
 
 
 def deploy(
-    resnet: ResNet, policy_net: PolicyNet | None = None, dtype: torch.dtype = torch.float32
-) -> tuple["DeployedResNet", "DeployedPolicy | None"]:
+    resnet: ResNet | GatedResNet,
+    policy_net: PolicyNet | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple["DeployedResNet | DeployedGatedResNet", "DeployedPolicy | None"]:
     """Inference-only copies of both networks on their device, weights and activations in `dtype`.
 
     They are called like the originals and return float32, or float64 when `dtype` is that. Later
     changes of the originals do not reach them.
     """
     with torch.no_grad():
+        if isinstance(resnet, GatedResNet):
+            return DeployedGatedResNet(resnet, dtype), None
         return DeployedResNet(resnet, dtype), policy_net and DeployedPolicy(policy_net, dtype)
 
 
@@ -115,16 +121,29 @@ class Block:
     def full(self, x: Tensor) -> Tensor:
         return self.run(x, x if self.is_identity else self.shortcut(x))
 
-    def sparse(self, batch: Batch, rows: Tensor) -> Batch:
-        """The block on the rows that keep it, the shortcut on the others; may write over them."""
+    def passed(self, x: Tensor, rectify: bool) -> Tensor:
+        """The block for images that drop it; see `sparse`."""
+        if self.is_identity:
+            return x
+        return self.shortcut(x).relu_() if rectify else self.shortcut(x)
+
+    def sparse(self, batch: Batch, rows: Tensor, rectify: bool = False) -> Batch:
+        """The block on the rows that keep it, the shortcut on the others; may write over them.
+
+        With `rectify` a shortcut that computes something is followed by relu (ConvNet-AIG).
+        """
+        if len(rows) == 0:
+            return batch if self.is_identity else Batch(self.passed(batch.images, rectify))
         passed = batch if self.is_identity else Batch(self.shortcut(batch.images))
         if len(rows) == len(batch.images):
             self.run(batch.images, passed.images)
-        elif len(rows):
-            shortcut = passed.take(rows)
-            kept = shortcut if self.is_identity else batch.take(rows)
-            self.run(kept.images, shortcut.images)
-            passed.put_(rows, shortcut)
+            return passed
+        shortcut = passed.take(rows)
+        kept = shortcut if self.is_identity else batch.take(rows)
+        self.run(kept.images, shortcut.images)
+        if rectify and not self.is_identity:
+            passed.images.relu_()
+        passed.put_(rows, shortcut)
         return passed
 
 
@@ -215,3 +234,53 @@ class DeployedPolicy(nn.Module):
         """As `PolicyNet.forward`."""
         x = self.features(self.shrink(x))
         return torch.sigmoid(F.linear(x, *self.logit)), F.linear(x, *self.vnet)
+
+
+class DeployedGate:
+    """A gate's inference-only twin: (B, C, H, W) to (B,) bool."""
+
+    def __init__(self, gate: Gate, dtype: torch.dtype):
+        gate = deepcopy(gate).eval()
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.hidden = linear(fuse_linear_bn_eval(gate.fc1, gate.fc1bn), self.wide)
+        weight, bias = linear(gate.fc2, self.wide)
+        self.weight, self.bias = weight[OPEN] - weight[CLOSED], bias[OPEN] - bias[CLOSED]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x.mean((2, 3), dtype=self.wide), *self.hidden).relu_()
+        return torch.mv(hidden, self.weight) > -self.bias
+
+
+class DeployedGatedResNet(nn.Module):
+    """A ConvNet-AIG's inference-only twin, its gates deterministic; see `deploy`."""
+
+    def __init__(self, net: GatedResNet, dtype: torch.dtype):
+        super().__init__()
+        self.num_blocks = net.num_blocks
+        self.resnet = DeployedResNet(net.resnet, dtype)
+        self.gates = [
+            None if k in net.always_on else DeployedGate(gate, dtype)
+            for k, gate in enumerate(net.gates)
+        ]
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `GatedResNet.forward` in evaluation mode; returns logits and gates (B, K)."""
+        size = CPU_CHUNK if x.device.type == "cpu" else len(x)
+        logits, gates = zip(*(self.chunk(part) for part in x.split(size)), strict=True)
+        return torch.cat(logits), torch.cat(gates)
+
+    def chunk(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        batch = Batch(self.resnet.stem(x))
+        executed = []
+        for block, gate in zip(self.resnet.blocks, self.gates, strict=True):
+            keep = x.new_ones(len(x), dtype=torch.bool) if gate is None else gate(batch.images)
+            if gate is None:
+                batch = Batch(block.full(batch.images))
+            elif len(x) == 1:  # needs no gathering
+                run = block.full if keep else partial(block.passed, rectify=True)
+                batch = Batch(run(batch.images))
+            else:
+                batch = block.sparse(batch, keep.nonzero()[:, 0], rectify=True)
+            executed.append(keep)
+        return self.resnet.head(batch.images), torch.stack(executed, 1).float()

@@ -115,21 +115,24 @@ class Merge(torch.autograd.Function):
         return rest, None, take(rest, rows).to(ctx.kept_dtype)
 
 
+def sparse_block(branch: nn.Module, shortcut: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+    """One block on the `rows` of x that keep it, its shortcut on the others."""
+    if len(rows) == len(x):
+        return block(branch, shortcut, x)
+    if len(rows) == 0:
+        return shortcut(x)
+    if isinstance(shortcut, nn.Identity):
+        rest, kept = Split.apply(x, rows)
+        return Merge.apply(rest, rows, block(branch, shortcut, kept))
+    rest, kept = Split.apply(shortcut(x), rows)
+    branched = branch(Split.apply(x, rows)[1])
+    return Merge.apply(rest, rows, F.relu(branched.add_(kept), inplace=True))
+
+
 def sparse(units: Sequence[Unit], x: Tensor, policy: Tensor) -> Tensor:
     """All blocks, each run on the rows of x that keep it."""
     for (branch, shortcut), rows in zip(units, kept_rows(policy), strict=True):
-        if len(rows) == len(x):
-            x = block(branch, shortcut, x)
-        elif len(rows) == 0:
-            x = shortcut(x)
-        elif isinstance(shortcut, nn.Identity):
-            rest, kept = Split.apply(x, rows)
-            x = Merge.apply(rest, rows, block(branch, shortcut, kept))
-        else:
-            passed = shortcut(x)
-            rest, kept = Split.apply(passed, rows)
-            branched = branch(Split.apply(x, rows)[1])
-            x = Merge.apply(rest, rows, F.relu(branched.add_(kept), inplace=True))
+        x = sparse_block(branch, shortcut, x, rows)
     return x
 
 

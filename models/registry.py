@@ -3,10 +3,20 @@
 import re
 from dataclasses import dataclass
 
+from .aig import GatedResNet
 from .policy import CifarPolicy, ImageNetPolicy, PolicyNet
-from .resnet import BasicBlock, Bottleneck, CifarResNet, ImageNetResNet, ResNet
+from .resnet import (
+    BasicBlock,
+    Bottleneck,
+    CifarResNet,
+    ImageNetResNet,
+    ProjectedCifarResNet,
+    ResNet,
+)
 
-USUAL = ("R32_C10", "R110_C10", "R32_C100", "R110_C100", "R101_ImgNet")
+BLOCKDROP = ("R32_C10", "R110_C10", "R32_C100", "R110_C100", "R101_ImgNet")
+AIG = ("AIG32_C10", "AIG110_C10", "AIG32_C100", "AIG110_C100", "AIG50_ImgNet", "AIG101_ImgNet")
+USUAL = BLOCKDROP + AIG
 
 CIFAR = {"C10": ("CIFAR10", 10), "C100": ("CIFAR100", 100)}
 
@@ -31,6 +41,7 @@ class Config:
     num_classes: int
     image_size: int
     stages: tuple[int, ...]
+    gated: bool = False  # ConvNet-AIG
     mean: Colour = (0.0, 0.0, 0.0)
     std: Colour = (1.0, 1.0, 1.0)
 
@@ -40,15 +51,31 @@ class Config:
 
 
 def names() -> list[str]:
-    """The usual models. Any CIFAR depth 6n+2 and ImageNet depth of torchvision builds as well."""
+    """The usual models, AIG those of ConvNet-AIG.
+
+    Any CIFAR depth 6n+2 and ImageNet depth of torchvision builds as well.
+    """
     return list(USUAL)
 
 
-def config(name: str) -> Config:
-    """Parse a model name. Raises ValueError, listing the names, for one that means nothing."""
-    match = re.fullmatch(r"R(\d+)_(C10|C100|ImgNet)", name)
-    depth = int(match[1]) if match else 0
-    if match and match[2] == "ImgNet" and depth in IMAGENET:
+def config(name: str, gated: bool | None = None) -> Config:
+    """Parse a model name. Raises ValueError, listing the names, for one that means nothing.
+
+    `gated` says which method is asked for, ConvNet-AIG or BlockDrop; the other's names are refused.
+    """
+    spec = parse(name)
+    if gated is not None and spec.gated != gated:
+        method = "ConvNet-AIG, trained by aig_training.py" if spec.gated else "BlockDrop"
+        usual = ", ".join(AIG if gated else BLOCKDROP)
+        raise ValueError(f"{name} is a model of {method}: here take one of {usual}")
+    return spec
+
+
+def parse(name: str) -> Config:
+    match = re.fullmatch(r"(R|AIG)(\d+)_(C10|C100|ImgNet)", name)
+    method, depth, data = (match[1], int(match[2]), match[3]) if match else ("", 0, "")
+    gated = method == "AIG"
+    if data == "ImgNet" and depth in IMAGENET:
         return Config(
             name,
             depth,
@@ -56,29 +83,43 @@ def config(name: str) -> Config:
             num_classes=1000,
             image_size=224,
             stages=IMAGENET[depth][1],
+            gated=gated,
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
         )
-    if match and match[2] in CIFAR and depth >= 8 and depth % 6 == 2:
-        dataset, num_classes = CIFAR[match[2]]
+    if data in CIFAR and depth >= 8 and depth % 6 == 2:
+        dataset, num_classes = CIFAR[data]
         colours = {}
         if name == "R32_C10":  # the one CIFAR model of the released code that normalises its pixels
             colours["mean"] = tuple(v / 255 for v in (125.3, 123.0, 113.9))
             colours["std"] = tuple(v / 255 for v in (63.0, 62.1, 66.7))
-        return Config(name, depth, dataset, num_classes, 32, ((depth - 2) // 6,) * 3, **colours)
+        elif gated:
+            colours["mean"] = (0.4914, 0.4822, 0.4465)
+            colours["std"] = (0.2023, 0.1994, 0.2010)
+        stages = ((depth - 2) // 6,) * 3
+        return Config(name, depth, dataset, num_classes, 32, stages, gated, **colours)
     raise ValueError(
         f"unknown model {name!r}: take one of {', '.join(USUAL)}, another CIFAR depth 6n+2 "
         f"such as R56_C10, or another ImageNet depth ({', '.join(f'R{d}' for d in IMAGENET)})"
     )
 
 
-def build(name: str) -> tuple[ResNet, PolicyNet]:
+def build(name: str) -> tuple[ResNet | GatedResNet, PolicyNet | None]:
     """The ResNet and its policy network, weights initialised, nothing loaded.
 
+    ConvNet-AIG's gates are part of its ResNet, and there is no policy network: None.
     Raises ValueError for an unknown name.
     """
     spec = config(name)
+    if spec.gated:
+        return GatedResNet(ungated(spec)), None
+    if spec.dataset == "ImageNet":
+        return ungated(spec), ImageNetPolicy(spec.num_blocks)
+    return ungated(spec), CifarPolicy(spec.num_blocks)
+
+
+def ungated(spec: Config) -> ResNet:
     if spec.dataset == "ImageNet":
         block, stages = IMAGENET[spec.depth]
-        return ImageNetResNet(block, stages, spec.num_classes), ImageNetPolicy(spec.num_blocks)
-    return CifarResNet(spec.stages, spec.num_classes), CifarPolicy(spec.num_blocks)
+        return ImageNetResNet(block, stages, spec.num_classes)
+    return (ProjectedCifarResNet if spec.gated else CifarResNet)(spec.stages, spec.num_classes)

@@ -61,6 +61,14 @@ class PoolAndPad(nn.Module):
         return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, self.extra_channels))
 
 
+def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Shortcut of a 1x1 convolution with BatchNorm; the identity where the shape stays."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+
 class ResNet(nn.Module):
     """What all ResNets here share: stages of blocks, run under a policy (paper, section 3.1).
 
@@ -151,6 +159,12 @@ class CifarResNet(ResNet):
         return nn.Identity() if stride == 1 else PoolAndPad(in_channels, out_channels)
 
 
+class ProjectedCifarResNet(CifarResNet):
+    """The same with convolutions in the shape-changing shortcuts, as ConvNet-AIG has it."""
+
+    shortcut = staticmethod(projection)
+
+
 class ImageNetResNet(ResNet):
     """ResNet for 224x224 images, layer for layer torchvision's, so that its weights fit."""
 
@@ -161,9 +175,4 @@ class ImageNetResNet(ResNet):
         self.stem_pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.finish(num_classes)
 
-    @staticmethod
-    def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        if stride == 1 and in_channels == out_channels:
-            return nn.Identity()
-        conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-        return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+    shortcut = staticmethod(projection)

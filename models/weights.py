@@ -1,10 +1,11 @@
 """Weights from this code, the authors' code and other ResNet codes, into our networks, strictly."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from .aig import GatedResNet
 from .policy import PolicyNet
 from .resnet import ResNet
 
@@ -39,6 +40,42 @@ def load_policy(policy_net: PolicyNet, state: State) -> None:
     """
     names = our_names(state)
     load_strictly(policy_net, {n: t for n, t in names.items() if not n.startswith("features.fc.")})
+
+
+def load_gated(net: GatedResNet, state: State) -> None:
+    """Load ConvNet-AIG weights, ours or the released code's, whose blocks hold their gates.
+
+    Raises ValueError naming a tensor that is missing, extra or wrongly shaped.
+    """
+    if not any(name.startswith("gates.") for name in state):
+        starts = [sum(net.resnet.stages[:i]) for i in range(len(net.resnet.stages))]
+        state = {gated_name(n, starts): t for n, t in our_names(state).items()}
+        # its gates are 1x1 convolutions on pooled features
+        state = {n: t.flatten(1) if is_gate_weight(n, t) else t for n, t in state.items()}
+    load_strictly(net, state)
+
+
+def load_ungated(net: GatedResNet, state: State) -> None:
+    """Load a plain ResNet's weights, leaving the gates alone; see `load_resnet`.
+
+    A CIFAR ResNet of BlockDrop has no convolutions in its shortcuts: those stay as well.
+    """
+    own = net.resnet.state_dict()
+    shortcuts = {name: tensor for name, tensor in own.items() if name.startswith("ds.")}
+    load_strictly(net.resnet, shortcuts | our_names(state))
+
+
+def gated_name(name: str, starts: Sequence[int]) -> str:
+    """A tensor's name in a GatedResNet, from the released code's by way of `our_names`."""
+    gate = re.fullmatch(r"blocks\.(\d+)\.(\d+)\.((?:fc1|fc1bn|fc2)\..*)", name)
+    if gate and int(gate[1]) < len(starts):
+        return f"gates.{starts[int(gate[1])] + int(gate[2])}.{gate[3]}"
+    name = re.sub(r"^blocks\.(\d+)\.0\.shortcut\.", r"ds.\1.", name)
+    return "resnet." + re.sub(r"^linear\.", "fc.", name)
+
+
+def is_gate_weight(name: str, tensor: Tensor) -> bool:
+    return name.startswith("gates.") and name.endswith(".weight") and tensor.ndim == 4
 
 
 def load_strictly(module: nn.Module, state: State) -> None:

@@ -11,10 +11,15 @@ import utils
 
 def test_usual_names_build_with_their_number_of_blocks():
     expected = {"R32_C10": 15, "R110_C10": 54, "R32_C100": 15, "R110_C100": 54, "R101_ImgNet": 33}
-    assert {name: models.config(name).num_blocks for name in models.names()} == expected
-    for name in models.names():
+    gated = {"AIG32_C10": 15, "AIG110_C10": 54, "AIG32_C100": 15, "AIG110_C100": 54}
+    gated |= {"AIG50_ImgNet": 16, "AIG101_ImgNet": 33}
+    assert {name: models.config(name).num_blocks for name in models.names()} == expected | gated
+    for name in expected:
         resnet, policy_net = models.build(name)
         assert resnet.num_blocks == policy_net.num_blocks == expected[name]
+    for name in gated:
+        net, policy_net = models.build(name)
+        assert net.num_blocks == gated[name] and policy_net is None
 
 
 def test_any_cifar_depth_builds():

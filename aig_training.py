@@ -1,0 +1,153 @@
+"""ConvNet-AIG: train a ResNet together with the gates that decide, block by block, what it runs."""
+
+import re
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import engine
+import models
+import utils
+from engine import UserError, options
+
+RECIPES = {  # the released code's
+    "CIFAR": {"target": "0.6", "loss_factor": 2.0, "wd": 5e-4, "max_epochs": 350,
+              "lr_steps": [150, 250]},
+    "ImageNet": {"target": "0.7", "loss_factor": 1.0, "wd": 1e-4, "max_epochs": 100,
+                 "lr_steps": [30, 60, 90]},
+}  # fmt: skip
+
+PUBLISHED = {  # per-block target rates, t standing for the one that is given
+    "resnet50": "1 1 0.8 1 t t t 1 t t t t t 1 0.7 1",
+    "resnet101": " ".join(["1"] * 8 + ["t"] * 25),
+}
+
+
+def parse_args():
+    parser = options.parser(__doc__, model="AIG110_C10")
+    options.add_training(parser, lr=0.1, wd=None, max_epochs=None)
+    add = parser.add_argument
+    add(
+        "--target",
+        help="how often a block is to be executed: one rate, K rates with commas between, or a "
+        "published schedule with its rate, resnet50:0.5 or resnet101:0.3 (default: CIFAR 0.6, "
+        "ImageNet 0.7)",
+    )
+    add("--loss_factor", type=options.weight, help="of the target loss (default: CIFAR 2, else 1)")
+    add("--gate_lr", type=options.positive, default=1.0,
+        help="learning-rate factor of the gates' last layer")  # fmt: skip
+    add("--lr_steps", type=options.count, nargs="+",
+        help="epochs after which the rate falls to a tenth (default: CIFAR 150 250)")  # fmt: skip
+    add("--schedule", choices=("step", "cosine"), default="step",
+        help="steps as released, or a rise in the first tenth and a cosine to zero")  # fmt: skip
+    add("--pretrained", help="ResNet to start from; its gates start anew")
+    args = parser.parse_args()
+    recipe = RECIPES["ImageNet" if args.model.endswith("ImgNet") else "CIFAR"]
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def target_rates(text: str, num_blocks: int) -> Tensor:
+    """The (K,) target rates that `--target` spells. Raises UserError where it spells none."""
+    name, _, rate = text.rpartition(":")
+    if name and name not in PUBLISHED:
+        raise UserError(f"--target {text}: no schedule {name}, only {', '.join(PUBLISHED)}")
+    spelt = PUBLISHED[name].replace("t", rate) if name else rate
+    try:
+        rates = [float(part) for part in re.split(r"[,\s]+", spelt.strip())]
+    except ValueError:
+        raise UserError(f"--target {text}: {spelt!r} are no numbers") from None
+    rates = rates * num_blocks if len(rates) == 1 else rates
+    if len(rates) != num_blocks or not all(0 <= rate <= 1 for rate in rates):
+        raise UserError(f"--target {text}: one rate or {num_blocks}, in [0, 1]")
+    return torch.tensor(rates)
+
+
+def make_optimizer(net: models.GatedResNet, args) -> torch.optim.SGD:
+    """SGD with momentum, as released; the gates' last layers may learn at a rate of their own."""
+    last = [p for gate in net.gates for p in gate.fc2.parameters()]
+    rest = [p for p in net.parameters() if all(p is not q for q in last)]
+    groups = [
+        {"params": rest, "initial_lr": args.lr},
+        {"params": last, "initial_lr": args.lr * args.gate_lr},
+    ]
+    return torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.wd)
+
+
+def lr_factor(args, epoch: int) -> float:
+    if args.schedule == "cosine":
+        return engine.schedule.cosine((epoch - 0.5) / args.max_epochs, warmup=0.1)
+    return 0.1 ** sum(epoch > step for step in args.lr_steps)
+
+
+def train_step(net, images: Tensor, labels: Tensor, targets: Tensor, args):
+    """Cross entropy, and how far the blocks' execution rates are from their targets."""
+    logits, executed = net(images)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    loss = losses.mean() + args.loss_factor * utils.target_rate_loss(executed, targets)
+    return loss, {"policy": executed, "correct": logits.argmax(1) == labels, "loss": losses}
+
+
+def test_step(net, images: Tensor, labels: Tensor):
+    logits, executed = net(images)
+    return {"policy": executed, "correct": logits.argmax(1) == labels, "label": labels}
+
+
+def log(run: engine.Run, split: str, outcome) -> None:
+    """The line of an epoch or of an evaluation, without a reward, and the rates of all blocks."""
+    policies, correct = outcome["policy"], outcome["correct"]
+    accuracy, _, blocks, deviation, unique = utils.performance_stats(policies, correct, correct)
+    head = f"E: {run.metrics['epoch']} |" if split == "train" else "TS -"
+    run.log(
+        f"{head} A: {accuracy:.3f} | S: {blocks:.3f} | V: {deviation:.3f} | #: {len(unique)}",
+        split,
+        accuracy=accuracy,
+        sparsity=blocks,
+        variance=deviation,
+        unique_policies=len(unique),
+    )
+    run.log_rates(split, policies.double().mean(0))
+    if split == "test":
+        labels = outcome["label"]
+        by_class = [policies[labels == c].double().mean(0) for c in labels.unique()]
+        run.metrics["test_rates_by_class"] = [[round(r, 4) for r in rates.tolist()]
+                                              for rates in by_class]  # fmt: skip
+
+
+def main() -> None:
+    args = parse_args()
+    spec = engine.named(partial(models.config, gated=True), args.model)
+    targets = target_rates(args.target, spec.num_blocks)
+    with engine.Run(args, 3, spec) as run:
+        train, test = engine.data.load(spec, args, run.device)
+        net, _ = models.build(args.model)
+        if args.pretrained and not args.load:
+            start = engine.checkpoint.read(args.pretrained)
+            with engine.about(args.pretrained):
+                weights = engine.checkpoint.resnet_weights(start, args.pretrained)
+                models.load_ungated(net, weights)
+        net.set_targets(targets.tolist())
+        run.place(net)
+        run.extras["targets"] = targets.tolist()
+        targets = targets.to(run.device)
+        optimizer = make_optimizer(net, args)
+        run.track("state_dict", net, models.load_gated)
+        run.track("optimizer", optimizer)
+
+        for epoch in run.epochs():
+            engine.optim.scale_lr(optimizer, lr_factor(args, epoch))
+            net.train()
+            step = partial(train_step, net, targets=targets, args=args)
+            log(run, "train", run.train_epoch(step, [optimizer], train))
+            if run.tests(epoch):
+                net.eval()
+                log(run, "test", run.evaluate(partial(test_step, net), test))
+                run.save_evaluated()
+
+
+if __name__ == "__main__":
+    engine.run_script(main)
