@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import engine
 import models
 import utils
-from engine import UserError, options
+from engine import Part, UserError, options, ranks
 
 RECIPES = {  # the released code's
     "CIFAR": {"target": "0.6", "loss_factor": 2.0, "wd": 5e-4, "max_epochs": 350,
@@ -84,12 +84,19 @@ def lr_factor(args, epoch: int) -> float:
     return 0.1 ** sum(epoch > step for step in args.lr_steps)
 
 
-def train_step(net, images: Tensor, labels: Tensor, targets: Tensor, args):
-    """Cross entropy, and how far the blocks' execution rates are from their targets."""
+def train_step(net, images: Tensor, labels: Tensor, part: Part, targets: Tensor, args):
+    """Part of a batch's cross entropy, and how far its execution rates are from their targets."""
     logits, executed = net(images)
     losses = F.cross_entropy(logits, labels, reduction="none")
-    loss = losses.mean() + args.loss_factor * utils.target_rate_loss(executed, targets)
-    return loss, {"policy": executed, "correct": logits.argmax(1) == labels, "loss": losses}
+    # over all ranks; a micro-batch keeps to its own rates
+    share = torch.tensor(part.share, device=images.device)
+    rates = ranks.total(share * executed.mean(0)) / ranks.total(share)
+    loss = losses.mean() + args.loss_factor * utils.target_rate_loss(rates, targets)
+    return part.share * loss, {
+        "policy": executed,
+        "correct": logits.argmax(1) == labels,
+        "loss": losses,
+    }
 
 
 def test_step(net, images: Tensor, labels: Tensor):
@@ -120,11 +127,11 @@ def log(run: engine.Run, split: str, outcome) -> None:
 
 def main() -> None:
     args = parse_args()
-    spec = engine.named(partial(models.config, gated=True), args.model)
+    spec = engine.data.spec_of(partial(models.config, gated=True), args)
     targets = target_rates(args.target, spec.num_blocks)
     with engine.Run(args, 3, spec) as run:
         train, test = engine.data.load(spec, args, run.device)
-        net, _ = models.build(args.model)
+        net, _ = models.build(args.model, spec.num_classes)
         if args.pretrained and not args.load:
             start = engine.checkpoint.read(args.pretrained)
             with engine.about(args.pretrained):
@@ -134,6 +141,7 @@ def main() -> None:
         run.place(net)
         run.extras["targets"] = targets.tolist()
         targets = targets.to(run.device)
+        learner = run.wrap(net)
         optimizer = make_optimizer(net, args)
         run.track("state_dict", net, models.load_gated)
         run.track("optimizer", optimizer)
@@ -141,7 +149,7 @@ def main() -> None:
         for epoch in run.epochs():
             engine.optim.scale_lr(optimizer, lr_factor(args, epoch))
             net.train()
-            step = partial(train_step, net, targets=targets, args=args)
+            step = partial(train_step, learner, targets=targets, args=args)
             log(run, "train", run.train_epoch(step, [optimizer], train))
             if run.tests(epoch):
                 net.eval()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import engine
 import models
 import utils
-from engine import options
+from engine import Part, UserError, options
 
 
 def parse_args():
@@ -22,29 +22,54 @@ def parse_args():
     add("--cl_step", type=options.count, default=1, help="blocks learned in the first epoch")
     add("--cl_every", type=options.count, default=1, help="epochs until more blocks are learned")
     add("--cl_blocks", type=options.count, default=1, help="blocks that are then learned more")
+    add(
+        "--policy_init",
+        default="resnet18",
+        help="start of an ImageNet policy network: torchvision's resnet18, a file, or none",
+    )
     add("--samples", type=options.count, default=1, help="policies sampled for each image")
     return parser.parse_args()
 
 
+def start_policy(policy_net: nn.Module, args) -> None:
+    """Give an ImageNet policy network those weights of a ResNet-18 that fit, as released."""
+    if args.policy_init == "none":
+        return
+    if args.policy_init == "resnet18":
+        way_out = "name a file with --policy_init, or begin with --policy_init none"
+        state = engine.published.resnet(18, way_out)
+    else:
+        content = engine.checkpoint.read(args.policy_init)
+        state = engine.checkpoint.resnet_weights(content, args.policy_init)
+    if not models.load_fitting(policy_net.features, state):
+        raise UserError(f"{args.policy_init}: not one tensor fits the policy network")
+
+
 def train_step(
-    policy_net: nn.Module, resnet: nn.Module, images: Tensor, labels: Tensor, mask: Tensor, args
+    policy_net: nn.Module,
+    resnet: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    part: Part,
+    mask: Tensor,
+    args,
 ):
-    """Loss of one batch, and what became of its images under the first of the sampled policies.
+    """Part of a batch's loss, and what became of its images under the first sampled policies.
 
     images (B, 3, H, W), labels (B,), mask (K,) of the blocks that are learned by now.
     """
     probs, _ = policy_net(images)
     policy_map = utils.most_probable(probs)
     probs = utils.bound(probs, args.alpha)
-    policies = [utils.sample(probs) for _ in range(args.samples)] + [policy_map]
-    policies = utils.force_on(torch.stack(policies), mask)
+    noise = part.noise(args.samples, probs.shape[1], device=probs.device).transpose(0, 1)
+    policies = utils.force_on(torch.cat((utils.sample(probs, noise), policy_map[None])), mask)
     with torch.no_grad():
         logits = resnet(images, policies)
     reward, correct = utils.reward(logits, labels, policies, args.penalty)
     advantage = (reward - utils.leave_one_out(reward))[:-1]  # one sample: the self-critical one
     loss = utils.policy_gradient_loss(probs, policies[:-1], advantage, mask) / args.samples
     loss = loss - args.beta * utils.entropy(probs)
-    return loss / len(images), {"policy": policies[0], "reward": reward[0], "correct": correct[0]}
+    return loss / part.total, {"policy": policies[0], "reward": reward[0], "correct": correct[0]}
 
 
 def test_step(
@@ -58,12 +83,15 @@ def test_step(
 
 def main() -> None:
     args = parse_args()
-    spec = engine.named(partial(models.config, gated=False), args.model)
+    spec = engine.data.spec_of(partial(models.config, gated=False), args)
     with engine.Run(args, 1, spec) as run:
         train, test = engine.data.load(spec, args, run.device)
-        resnet, policy_net = models.build(args.model)
+        resnet, policy_net = models.build(args.model, spec.num_classes)
         run.load_base(resnet, models.load_resnet)
+        if spec.dataset in ("ImageNet", "Folder") and not args.load:
+            start_policy(policy_net, args)
         run.place(resnet.requires_grad_(False).eval(), policy_net)
+        learner = run.wrap(policy_net)
         optimizer = torch.optim.Adam(policy_net.parameters(), args.lr, weight_decay=args.wd)
         run.track("agent", policy_net, models.load_policy)
         run.track("optimizer", optimizer)
@@ -77,7 +105,7 @@ def main() -> None:
             cl_step = utils.curriculum_step(epoch, args.cl_step, args.cl_every, args.cl_blocks)
             mask = utils.curriculum_mask(spec.num_blocks, cl_step, run.device)
             policy_net.train()
-            step = partial(train_step, policy_net, resnet, mask=mask, args=now)
+            step = partial(train_step, learner, resnet, mask=mask, args=now)
             outcome = run.train_epoch(step, [optimizer], train)
             run.log_policies("train", *utils.performance_stats(*outcome.of_policies()))
             if run.tests(epoch):

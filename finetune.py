@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import engine
 import models
 import utils
-from engine import UserError, options
+from engine import Part, UserError, options
 
 
 def parse_args():
@@ -69,14 +69,14 @@ def load_start(run: engine.Run, resnet: models.ResNet, policy_net: models.Policy
 
 def load_teacher(run: engine.Run) -> nn.Module:
     """The full base ResNet, deployed: images (B, 3, H, W) to logits."""
-    teacher, _ = models.build(run.args.model)
+    teacher, _ = models.build(run.args.model, run.spec.num_classes)
     run.load_base(teacher, models.load_resnet)
     run.place(teacher)
     return models.deploy(teacher, dtype=engine.device.dtype(run.args.precision))[0]
 
 
 def task_loss(logits: Tensor, images: Tensor, labels: Tensor, args, teacher=None) -> Tensor:
-    """Cross entropy, and what `--distill` asks for of the agreement with the teacher."""
+    """Mean cross entropy, and what `--distill` asks for of the agreement with the teacher."""
     loss = F.cross_entropy(logits, labels)
     if teacher is None:
         return loss
@@ -85,20 +85,26 @@ def task_loss(logits: Tensor, images: Tensor, labels: Tensor, args, teacher=None
 
 
 def train_step(
-    policy_net: nn.Module, resnet: nn.Module, images: Tensor, labels: Tensor, args, teacher=None
+    policy_net: nn.Module,
+    resnet: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    part: Part,
+    args,
+    teacher=None,
 ):
-    """Loss of one batch, and what became of its images (B, 3, H, W) under the sampled policies."""
+    """Part of a batch's loss, and what became of its images (B, 3, H, W) under sampled policies."""
     probs, _ = policy_net(images)
     policy_map = utils.most_probable(probs)
     probs = utils.bound(probs, args.alpha)
-    policy = utils.sample(probs)
+    policy = utils.sample(probs, part.noise(probs.shape[1], device=probs.device))
     with torch.no_grad():
         logits_map = resnet(images, policy_map)
     logits = resnet(images, policy)
     reward_map, _ = utils.reward(logits_map, labels, policy_map, args.penalty)
     reward, correct = utils.reward(logits, labels, policy, args.penalty)
     loss = utils.policy_gradient_loss(probs, policy, reward - reward_map)
-    loss = loss + task_loss(logits, images, labels, args, teacher)
+    loss = loss + part.share * task_loss(logits, images, labels, args, teacher)
     return loss, {"policy": policy, "reward": reward, "correct": correct}
 
 
@@ -113,14 +119,20 @@ def decide_alike(static: Tensor, images: Tensor) -> Tensor:
 
 
 def static_train_step(
-    static: Tensor, resnet: nn.Module, images: Tensor, labels: Tensor, args, teacher=None
+    static: Tensor,
+    resnet: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    part: Part,
+    args,
+    teacher=None,
 ):
     """The same where every image gets the same policy (K,) and only the ResNet learns."""
     policy = decide_alike(static, images)
     logits = resnet(images, policy)
     reward, correct = utils.reward(logits, labels, policy, args.penalty)
     results = {"policy": policy, "reward": reward, "correct": correct}
-    return task_loss(logits, images, labels, args, teacher), results
+    return part.share * task_loss(logits, images, labels, args, teacher), results
 
 
 def test_step(decide: Callable, resnet: nn.Module, images: Tensor, labels: Tensor, args):
@@ -132,12 +144,12 @@ def test_step(decide: Callable, resnet: nn.Module, images: Tensor, labels: Tenso
 
 def main() -> None:
     args = parse_args()
-    spec = engine.named(partial(models.config, gated=False), args.model)
+    spec = engine.data.spec_of(partial(models.config, gated=False), args)
     with engine.Run(args, 2, spec) as run:
         args.policy = args.policy or engine.checkpoint.static_policy_of(run.loaded)
         static = options.static_policy(args, spec.stages, utils.static_policy, run.device)
         train, test = engine.data.load(spec, args, run.device)
-        resnet, policy_net = models.build(args.model)
+        resnet, policy_net = models.build(args.model, spec.num_classes)
         if not args.load:
             load_start(run, resnet, policy_net)
         run.place(resnet, policy_net)
@@ -148,10 +160,12 @@ def main() -> None:
         if static is None:
             run.track("agent", policy_net, models.load_policy)
             learned += policy_net.parameters()
-            batch_step = partial(train_step, policy_net, resnet, teacher=teacher)
+            batch_step = partial(
+                train_step, run.wrap(policy_net), run.wrap(resnet), teacher=teacher
+            )
             policies = partial(decide, policy_net)
         else:
-            batch_step = partial(static_train_step, static, resnet, teacher=teacher)
+            batch_step = partial(static_train_step, static, run.wrap(resnet), teacher=teacher)
             policies = partial(decide_alike, static)
         optimizers = {}
         if learned:

@@ -8,14 +8,15 @@ from torch.nn import functional as F
 
 import engine
 import models
-from engine import options
+from engine import Part, options
 
 
 def parse_args():
     parser = options.parser(__doc__, model="R32_C10")
     options.add_training(parser, lr=0.4, wd=5e-4, max_epochs=160)
     add = parser.add_argument
-    add("--pretrained", help="ResNet to start from, instead of random weights")
+    add("--pretrained", help="ResNet to start from; folders of pictures: torchvision's by default")
+    add("--from_scratch", action="store_true", help="folders of pictures: start from nothing")
     add("--warmup", type=options.fraction, default=0.1, help="part of the epochs with rising lr")
     add("--label_smoothing", type=options.fraction, default=0.05, help="of the cross entropy")
     add("--clip_norm", type=options.positive, default=5.0, help="largest gradient norm of a step")
@@ -29,49 +30,71 @@ def parse_args():
     return parser.parse_args()
 
 
-def drop_blocks(num_images: int, num_blocks: int, last: float, device: torch.device) -> Tensor:
-    """Policies (B, K) of stochastic depth (Huang et al. 2016): P(drop block k) = last * k / K."""
-    drop = torch.arange(1, num_blocks + 1, device=device) / num_blocks * last
-    return torch.bernoulli((1 - drop).expand(num_images, -1))
+def drop_blocks(noise: Tensor, last: float) -> Tensor:
+    """Policies of stochastic depth (Huang et al. 2016), P(drop block k) = last * k / K.
+
+    noise: (B, K), uniform in [0, 1). Returns its shape.
+    """
+    num_blocks = noise.shape[1]
+    drop = torch.arange(1, num_blocks + 1, device=noise.device) / num_blocks * last
+    return (noise >= drop).float()
+
+
+def load_start(resnet: models.ResNet, spec, args) -> None:
+    """The weights to start from; a folder of pictures has a classifier of its own."""
+    if args.pretrained:
+        content = engine.checkpoint.read(args.pretrained)
+        state = engine.checkpoint.resnet_weights(content, args.pretrained)
+    elif spec.dataset == "Folder" and not args.from_scratch:
+        way_out = "name a file with --pretrained, or start with --from_scratch"
+        state = engine.published.resnet(spec.depth, way_out)
+    else:
+        return
+    with engine.about(args.pretrained):
+        if spec.dataset == "Folder":
+            own = {f"fc.{n}": tensor for n, tensor in resnet.fc.state_dict().items()}
+            state = {n: t for n, t in state.items() if n not in own} | own
+        models.load_resnet(resnet, state)
 
 
 def main() -> None:
     args = parse_args()
-    spec = engine.named(partial(models.config, gated=False), args.model)
+    spec = engine.data.spec_of(partial(models.config, gated=False), args)
     folder = engine.checkpoint.base_directory(args.model)
     if not args.load:  # a run killed right after its last evaluation may still be gone on with
         engine.checkpoint.keep_base(args.cv_dir or folder)
     with engine.Run(args, 0, spec, folder) as run:
         train, test = engine.data.load(spec, args, run.device)
-        resnet, _ = models.build(args.model)
-        if args.pretrained and not args.load:
-            engine.checkpoint.load_base(spec, args.pretrained, resnet, models.load_resnet)
+        resnet, _ = models.build(args.model, spec.num_classes)
+        if not args.load:
+            load_start(resnet, spec, args)
         run.place(resnet)
         optimizer = engine.optim.sgd(resnet, args.lr, args.wd)
         run.track("state_dict", resnet, models.load_resnet)
         run.track("optimizer", optimizer)
-        step_number = 0
+        learner = run.wrap(resnet)
 
-        def train_step(images: Tensor, labels: Tensor):
-            nonlocal step_number
-            progress = (epoch - 1 + step_number / len(train)) / args.max_epochs
+        def train_step(images: Tensor, labels: Tensor, part: Part):
+            progress = (epoch - 1 + part.step / len(train)) / args.max_epochs
             engine.optim.scale_lr(optimizer, engine.schedule.cosine(progress, args.warmup))
-            step_number += 1
             policy = None
             if args.block_drop:
-                policy = drop_blocks(len(images), spec.num_blocks, args.block_drop, run.device)
-            logits = resnet(images, policy)
+                noise = part.noise(spec.num_blocks, device=run.device)
+                policy = drop_blocks(noise, args.block_drop)
+            logits = learner(images, policy)
             losses = F.cross_entropy(
                 logits, labels, reduction="none", label_smoothing=args.label_smoothing
             )
-            return losses.mean(), {"correct": logits.argmax(1) == labels, "loss": losses}
+            return losses.sum() / part.total, {
+                "correct": logits.argmax(1) == labels,
+                "loss": losses,
+            }
 
         def test_step(images: Tensor, labels: Tensor):
             return {"correct": resnet(images).argmax(1) == labels}
 
         for epoch in run.epochs():
             resnet.train()
-            step_number = 0
             tally = run.train_epoch(train_step, [optimizer], train, clip_norm=args.clip_norm)
             accuracy = tally["correct"].double().mean().item()
             loss = tally["loss"].double().mean().item()

@@ -35,14 +35,14 @@ def parse_args():
     return parser.parse_args()
 
 
-def load_gated(args) -> models.GatedResNet:
+def load_gated(args, spec) -> models.GatedResNet:
     """A ConvNet-AIG checkpoint's network, ours or the released code's."""
     if not args.load:
         raise UserError(f"{args.model} comes with no base: name its checkpoint with --load")
     if args.policy:
         raise UserError(f"{args.model} decides by its gates: leave --policy out")
-    net, _ = models.build(args.model)
-    content = checkpoint.read_for(models.config(args.model), args.load)
+    net, _ = models.build(args.model, spec.num_classes)
+    content = checkpoint.read_for(spec, args.load)
     with engine.about(args.load):
         models.load_gated(net, checkpoint.resnet_weights(content, args.load))
     net.set_targets(content.get("targets", []))
@@ -55,7 +55,7 @@ def load_networks(args, spec) -> tuple[models.ResNet, models.PolicyNet | None]:
 
     A static policy recorded in the checkpoint is put into args.policy, unless one is given.
     """
-    resnet, policy_net = models.build(args.model)
+    resnet, policy_net = models.build(args.model, spec.num_classes)
     content = checkpoint.read_for(spec, args.load) if args.load else {}
     if "resnet" in content or "state_dict" in content:
         with engine.about(args.load):
@@ -142,7 +142,7 @@ def time_deployed(resnet, policy_net, static: Tensor, test, args) -> dict:
 
     seconds, full_seconds = [], []
     start = time.perf_counter()
-    for images, _ in test.epoch(0):
+    for images, _, _ in test.epoch(0):
         if len(images) < min(args.batch_size, test.num_images) or len(seconds) == TIMED_BATCHES:
             break
         if not seconds:
@@ -161,10 +161,11 @@ def time_deployed(resnet, policy_net, static: Tensor, test, args) -> dict:
 
 def main() -> None:
     args = parse_args()
-    spec = engine.named(models.config, args.model)
+    spec = engine.data.spec_of(models.config, args)
+    engine.ranks.start()
     device = engine.device.pick()
     engine.device.keep_freed_memory()
-    resnet, policy_net = (load_gated(args), None) if spec.gated else load_networks(args, spec)
+    resnet, policy_net = (load_gated(args, spec), None) if spec.gated else load_networks(args, spec)
     static = options.static_policy(args, spec.stages, utils.static_policy, device)
     if static is None:
         static = torch.ones(spec.num_blocks, device=device)

@@ -25,10 +25,15 @@ def most_probable(probs: Tensor) -> Tensor:
     return (probs >= 0.5).to(probs.dtype)
 
 
-def sample(probs: Tensor) -> Tensor:
-    """One policy an image, each block drawn from its own Bernoulli distribution (Eq. 1)."""
+def sample(probs: Tensor, noise: Tensor | None = None) -> Tensor:
+    """One policy an image, each block drawn from its own Bernoulli distribution (Eq. 1).
+
+    noise: uniform in [0, 1), (..., B, K) for probs (B, K), drawn here if not given. Returns its
+    shape.
+    """
     # not torch.bernoulli, which stops a GPU for good at a NaN; here the loss shows it
-    return (torch.rand_like(probs) < probs).to(probs.dtype)
+    noise = torch.rand_like(probs) if noise is None else noise
+    return (noise < probs).to(probs.dtype)
 
 
 def curriculum_step(
@@ -108,13 +113,13 @@ def entropy(probs: Tensor) -> Tensor:
     return -(probs * probs.clamp_min(torch.finfo(probs.dtype).eps).log()).sum()
 
 
-def target_rate_loss(executed: Tensor, targets: Tensor) -> Tensor:
+def target_rate_loss(rates: Tensor, targets: Tensor) -> Tensor:
     """ConvNet-AIG's loss: squared distance of each block's execution rate from its target.
 
-    executed: (B, K) gates. targets: (K,); blocks with target 1 are left out. Returns the sum over
-    blocks divided by K, as the released code does, a scalar.
+    rates: (K,), the means of the gates over a batch. targets: (K,); blocks with target 1 are left
+    out. Returns the sum over blocks divided by K, as the released code does, a scalar.
     """
-    distance = (executed.mean(0) - targets) ** 2
+    distance = (rates - targets) ** 2
     return distance.masked_fill(targets >= 1, 0).mean()
 
 

@@ -162,7 +162,7 @@ def main() -> None:
         for batch in args.batch_sizes:
             if args.load:
                 args.batch_size = batch
-                x, _ = next(iter(engine.data.load(spec, args, device)[1].epoch(0)))
+                x, _, _ = next(iter(engine.data.load(spec, args, device)[1].epoch(0)))
                 policy = None
             else:
                 x = torch.randn(batch, 3, spec.image_size, spec.image_size, device=device)

@@ -86,6 +86,7 @@ def training_step(args, spec, stage: str, contender: str, batch: int, cl_step: i
     for network in (resnet, policy_net):
         engine.device.place(network, device).train()
     resnet.execution = contender
+    part = engine.Part(0, batch, batch)
     settings = argparse.Namespace(alpha=1.0, beta=0.1, penalty=-5.0, samples=1)
     policies = random_policies(batch, spec.num_blocks, args.keep, device)
     policy_clock = Clock(Steered(policy_net, policies))
@@ -110,7 +111,7 @@ def training_step(args, spec, stage: str, contender: str, batch: int, cl_step: i
 
     def call():
         with engine.device.autocast(device, args.precision):
-            loss, _ = step(x, y)
+            loss, _ = step(x, y, part)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -1,11 +1,13 @@
 """Everything around the method: data, checkpoints, devices, logs and shared options."""
 
-from . import checkpoint, data, device, optim, options, schedule
+from . import checkpoint, data, device, optim, options, published, ranks, schedule
 from .errors import UserError, about, named, run_script
 from .loop import evaluate
+from .part import Part
 from .run import Run
 
 __all__ = [
+    "Part",
     "Run",
     "UserError",
     "about",
@@ -16,6 +18,8 @@ __all__ = [
     "named",
     "optim",
     "options",
+    "published",
+    "ranks",
     "run_script",
     "schedule",
 ]

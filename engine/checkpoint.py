@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import published
 from .errors import UserError, about
 from .spec import Spec
 
@@ -52,7 +53,15 @@ def well_formed(content: Any) -> bool:
     """Whether what stands under the names of a checkpoint is of the kind it has to be."""
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         return False
-    kinds = {"epoch": int, "args": Mapping, "stage": int, "base": str, "targets": list}
+    kinds = {
+        "epoch": int,
+        "args": Mapping,
+        "stage": int,
+        "base": str,
+        "targets": list,
+        "steps_done": int,
+        "partial": Mapping,
+    }
     if not all(isinstance(content[name], kind) for name, kind in kinds.items() if name in content):
         return False
     networks = [content[name] for name in NETWORKS if name in content]
@@ -91,15 +100,18 @@ def base_directory(model: str) -> Path:
     return ROOT / "cv" / "pretrained" / model
 
 
-def find_base(model: str, given: str | None) -> Path:
+def find_base(model: str, given: str | None, is_published: bool = False) -> Path | None:
     """The pretrained ResNet: the one given, or the only one in cv/pretrained/<model>/.
 
-    Raises UserError, saying how to get one, when there is none or a choice is needed.
+    None where there is none but torchvision publishes one. Raises UserError, saying how to get
+    one, when there is none at all or a choice is needed.
     """
     if given is not None:
         return Path(given)
     folder = base_directory(model)
     found = sorted(folder.glob("pk_E_*_A_*.t7"))
+    if not found and is_published:
+        return None
     if not found:
         raise UserError(
             f"no pretrained ResNet for {model} in {shown(folder)}: train one with "
@@ -170,8 +182,15 @@ def blocks_of(content: Mapping[str, Any]) -> int:
 
 
 def load_base(spec: Spec, given: str | None, resnet: nn.Module, load: Callable) -> None:
-    """Load the base ResNet by `load(resnet, tensors)`, from `given` or from cv/pretrained/."""
-    path = find_base(spec.name, given)
+    """Load the base ResNet by `load(resnet, tensors)`, from `given` or from cv/pretrained/.
+
+    An ImageNet model without one takes torchvision's.
+    """
+    path = find_base(spec.name, given, spec.dataset == "ImageNet")
+    if path is None:
+        way_out = f"name a file with --base, or put one into {shown(base_directory(spec.name))}"
+        load(resnet, published.resnet(spec.depth, way_out))
+        return
     content = read_for(spec, path)
     with about(path):
         load(resnet, resnet_weights(content, path))

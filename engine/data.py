@@ -1,7 +1,8 @@
 """Batches of images and labels on the run's device, the same for the same seed and epoch."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
 
@@ -11,11 +12,12 @@ from torch.nn import functional as F
 
 from . import cifar, imagenet
 from .device import derived_seed
-from .errors import UserError
+from .errors import UserError, named
+from .part import Part, parts
 from .spec import Spec
 
 PADDING = 4
-AUGMENTATION = 1  # its random numbers are not those of the training step
+AUGMENTATION, STEP = 1, 2  # whose random numbers are drawn from (seed, epoch)
 
 
 class Loader(Protocol):
@@ -26,8 +28,11 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Batches an epoch."""
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, 3, H, W), float32 and channels_last, and labels (B,) of an epoch."""
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Part]]:
+        """This rank's part of an epoch's batches, the first `skip` left out.
+
+        Images (n, 3, H, W), float32 and channels_last, labels (n,), and what part they are.
+        """
 
 
 class TensorLoader:
@@ -50,11 +55,14 @@ class TensorLoader:
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Part]]:
         order, corners, flips = self._draw(epoch)
-        for batch in range(len(self)):
-            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield self._pixels(rows, corners[rows], flips[rows]), self.labels[rows]
+        for part in parts(
+            self.num_images, self.batch_size, (self.seed, epoch, STEP), skip, self.augment
+        ):
+            first = part.step * self.batch_size
+            rows = order[first + part.start : first + part.stop]
+            yield self._pixels(rows, corners[rows], flips[rows]), self.labels[rows], part
 
     @cached_property
     def _padded(self) -> Tensor:
@@ -83,6 +91,17 @@ class TensorLoader:
         return ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
+def spec_of(config: Callable[[str], Spec], args: argparse.Namespace) -> Spec:
+    """What `--model` stands for, by `models.config`; a folder of pictures tells its classes."""
+    spec = named(config, args.model)
+    if spec.dataset == "Folder":
+        size = args.image_size or spec.image_size
+        spec = replace(spec, num_classes=imagenet.num_classes(args.data_dir), image_size=size)
+    elif args.image_size:
+        raise UserError(f"--image_size is for folders of pictures: {args.model} has a size")
+    return spec
+
+
 def load(
     spec: Spec, args: argparse.Namespace, device: torch.device, training: bool = True
 ) -> tuple[Loader | None, Loader]:
@@ -93,7 +112,7 @@ def load(
     `--val_split N` evaluates on the last N training images, which training then leaves out;
     `--subset N` keeps the first N images of both.
     """
-    if spec.dataset == "ImageNet":
+    if spec.dataset in ("ImageNet", "Folder"):
         return imagenet.load(spec, args, device, training)
     arrays = cifar.load(spec.dataset, args.data_dir, check=not args.skip_data_check)
     train = arrays["train_images"], arrays["train_labels"]

@@ -2,21 +2,18 @@
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+
+from . import stopping
 
 T = TypeVar("T")
 
 
 class UserError(Exception):
     """What is wrong, why, and the way out; the message is all that the user sees."""
-
-
-class Stopped(BaseException):
-    """SIGTERM arrived; like KeyboardInterrupt, no ordinary `except` may swallow it."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -59,17 +56,14 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`. Exit status 2 for a user's error, 130 for Ctrl-C, 143 for SIGTERM."""
     script = os.path.basename(sys.argv[0])
 
-    def stop(signum, frame):
-        raise Stopped
-
-    signal.signal(signal.SIGTERM, stop)
+    stopping.listen()
     try:
         main()
     except UserError as error:
         status = fail(script, f"{error}{told(error)}", 2)
     except KeyboardInterrupt as error:
         status = fail(script, f"interrupted{told(error)}", 130)
-    except Stopped as error:
+    except stopping.Stopped as error:
         status = fail(script, f"terminated{told(error)}", 143)
     else:
         status = 0

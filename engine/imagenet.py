@@ -1,4 +1,4 @@
-"""ImageNet, or any folder of pictures in its layout, through torchvision and worker processes."""
+"""ImageNet, or any folder of pictures in its layout, decoded by worker processes."""
 
 import argparse
 import os
@@ -7,40 +7,182 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from .device import derived_seed
 from .errors import UserError
+from .part import Part, parts
 from .spec import Spec
+
+AUGMENTATION, STEP = 1, 2  # whose random numbers are drawn from (seed, epoch)
+PREFETCH = 4  # batches that each worker keeps ready
+
+
+class Pictures(Dataset):
+    """Pictures as uint8 (3, size, size) in RGB: short side resized, then a crop.
+
+    Asked for (row, seed); with a seed the crop is random and half of the pictures are flipped,
+    without (None) it is the centre. The third of what comes back is the path of a picture that
+    could not be read, and in whose place the next one stands; a centre crop raises instead.
+    """
+
+    def __init__(self, files: list[tuple[str, int]], size: int):
+        self.files, self.size = files, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, asked: tuple[int, int | None]) -> tuple[Tensor, int, str]:
+        row, seed = asked
+        path, label = self.files[row]
+        damaged = ""
+        for offset in range(1, len(self.files)):
+            try:
+                pixels = decode(path)
+                break
+            except (RuntimeError, OSError, ValueError, SyntaxError) as error:
+                if seed is None:
+                    raise UserError(f"{path}: no picture that can be read ({error})") from error
+                damaged = damaged or path
+                path, label = self.files[(row + offset) % len(self.files)]
+        else:
+            raise UserError(f"{path}: no picture of this folder can be read")
+        return self.crop(pixels, seed), label, damaged
+
+    def crop(self, pixels: Tensor, seed: int | None) -> Tensor:
+        from torchvision.transforms.v2 import functional as transforms
+
+        pixels = transforms.resize(pixels, [self.size * 256 // 224], antialias=True)
+        if seed is None:
+            return transforms.center_crop(pixels, [self.size, self.size])
+        generator = torch.Generator().manual_seed(seed)
+        height, width = (side - self.size for side in pixels.shape[-2:])
+        top = int(torch.randint(height + 1, (), generator=generator))
+        left = int(torch.randint(width + 1, (), generator=generator))
+        pixels = pixels[:, top : top + self.size, left : left + self.size]
+        flip = torch.rand((), generator=generator) < 0.5
+        return pixels.flip(-1) if flip else pixels.contiguous()
+
+
+def decode(path: str) -> Tensor:
+    """A picture file as uint8 (3, H, W); gray, palette and transparent ones become RGB."""
+    from torchvision.io import ImageReadMode, decode_image, read_file
+
+    if path.lower().endswith((".jpg", ".jpeg", ".png")):
+        data = read_file(path)
+        # libjpeg fills what is missing of a truncated file with gray and only warns
+        if not path.lower().endswith(".png") and bytes(data[:2]) == b"\xff\xd8":
+            if b"\xff\xd9" not in bytes(data[-64:]):
+                raise ValueError("truncated")
+        return decode_image(data, mode=ImageReadMode.RGB)
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+class Rows:
+    """This rank's batches of an epoch, as what `Pictures` is asked for."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int | None):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.parts: list[Part] = []
+        self.order: list[int] = list(range(num_images))
+
+    def start(self, epoch: int, skip: int) -> None:
+        self.epoch, training = epoch, self.seed is not None
+        seed = (self.seed or 0, epoch, STEP)
+        self.parts = list(parts(self.num_images, self.batch_size, seed, skip, training))
+        if training:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+            self.order = torch.randperm(self.num_images, generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int | None]]]:
+        for part in self.parts:
+            first = part.step * self.batch_size
+            rows = self.order[first + part.start : first + part.stop]
+            yield [(row, self._seed_of(row)) for row in rows]
+
+    def _seed_of(self, row: int) -> int | None:
+        if self.seed is None:
+            return None
+        return derived_seed(self.seed, self.epoch, AUGMENTATION, row)
 
 
 class FolderLoader:
-    """Pictures decoded by DataLoader workers; each epoch is drawn from (seed, epoch)."""
+    """Pictures by class; order, crops and flips are drawn from (seed, epoch) alone.
 
-    def __init__(self, pictures, batch_size: int, device: torch.device, seed: int | None):
-        self.num_images = len(pictures)
-        self.device = device
-        self.seed = seed
-        self.generator = torch.Generator()
-        workers = len(os.sched_getaffinity(0))
+    Without a `seed` they come in order and cropped at the centre. `damaged` are the files that
+    could not be read in the last epoch of training.
+    """
+
+    def __init__(
+        self, files, spec: Spec, batch_size: int, device: torch.device, seed: int | None = None
+    ):
+        self.num_images, self.batch_size, self.device = len(files), batch_size, device
+        self.mean = torch.tensor(spec.mean, device=device).view(3, 1, 1) * 255
+        self.std = torch.tensor(spec.std, device=device).view(3, 1, 1) * 255
+        self.rows = Rows(len(files), batch_size, seed)
+        self.damaged: list[str] = []
+        workers = min(len(os.sched_getaffinity(0)), 16)
         self.loader = DataLoader(
-            pictures,
-            batch_size,
-            shuffle=seed is not None,
+            Pictures(files, spec.image_size),
+            batch_sampler=self.rows,
             num_workers=workers,
+            prefetch_factor=PREFETCH,
             pin_memory=device.type == "cuda",
-            generator=self.generator,
+            worker_init_fn=one_thread,
         )
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return -(-self.num_images // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self.generator.manual_seed(derived_seed(self.seed or 0, epoch))
-        for images, labels in self.loader:
-            images = images.to(self.device, non_blocking=True)
-            labels = labels.to(self.device, non_blocking=True)
-            yield images.contiguous(memory_format=torch.channels_last), labels
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Part]]:
+        self.rows.start(epoch, skip)
+        self.damaged = []
+        for part, (pixels, labels, damaged) in zip(self.rows.parts, self.loader, strict=True):
+            self.damaged += filter(None, damaged)
+            images = pixels.to(self.device, non_blocking=True)
+            images = images.contiguous(memory_format=torch.channels_last)
+            images = (images.float() - self.mean) / self.std
+            yield images, labels.to(self.device, non_blocking=True), part
+
+
+def one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def classes(path: Path) -> list[str]:
+    """The class folders in path, by name. Raises UserError when there are none."""
+    found = sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+    if not found:
+        raise UserError(f"{path}: no folder of pictures, expected {path}/<class>/*.JPEG")
+    return found
+
+
+def num_classes(data_dir: str | Path) -> int:
+    """How many classes a folder of pictures has: those of train/, or of val/ where it is alone."""
+    root = Path(data_dir)
+    return len(classes(root / "train" if (root / "train").is_dir() else root / "val"))
+
+
+def files_of(path: Path, names: list[str]) -> list[tuple[str, int]]:
+    """The pictures under path/<class>/ with their classes, numbered as in `names`."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    found = classes(path)
+    if set(found) - set(names):
+        extra = sorted(set(found) - set(names))[0]
+        raise UserError(f"{path / extra}: a class that is not in {path.parent / 'train'}")
+    numbers = {name: number for number, name in enumerate(names) if name in found}
+    files = make_dataset(str(path), numbers, IMG_EXTENSIONS, allow_empty=True)
+    if not files:
+        raise UserError(f"{path}: no pictures, expected {path}/<class>/*.JPEG")
+    return files
 
 
 def load(
@@ -48,45 +190,23 @@ def load(
 ) -> tuple[FolderLoader | None, FolderLoader]:
     """Loaders over data_dir/train (None without `training`) and data_dir/val.
 
-    Training: short side to 256, random crop, flip. Evaluation: short side to 256, centre crop.
+    Training: short side to 256, random 224 crop, flip. Evaluation: the same, centre crop.
     """
-    from torchvision import transforms  # slow to import, and CIFAR does without
-
-    size = spec.image_size
-    resize = transforms.Resize(size * 256 // 224)
-    finish = [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
-    augment = transforms.Compose(
-        [resize, transforms.RandomCrop(size), transforms.RandomHorizontalFlip(), *finish]
-    )
-    centre = transforms.Compose([resize, transforms.CenterCrop(size), *finish])
-
     root = Path(args.data_dir)
-    train = folder(root / "train", augment) if training or args.val_split else None
+    needs_train = training or args.val_split
+    names = classes(root / "train" if needs_train or (root / "train").is_dir() else root / "val")
+    train = files_of(root / "train", names) if needs_train else []
     if args.val_split:
         if args.val_split >= len(train):
             raise UserError(f"--val_split {args.val_split}: there are {len(train)} images in all")
         # the folders are in order of class, so the last N would be of few classes
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-        test = Subset(folder(root / "train", centre), chosen[-args.val_split :])
-        train = Subset(train, chosen[: -args.val_split])
+        test = [train[row] for row in chosen[-args.val_split :]]
+        train = [train[row] for row in chosen[: -args.val_split]]
     else:
-        test = folder(root / "val", centre)
-    if args.subset:
-        train = train and Subset(train, range(min(args.subset, len(train))))
-        test = Subset(test, range(min(args.subset, len(test))))
+        test = files_of(root / "val", names)
+    train, test = train[: args.subset], test[: args.subset]
     return (
-        train and FolderLoader(train, args.batch_size, device, seed=args.seed),
-        FolderLoader(test, args.batch_size, device, seed=None),
+        FolderLoader(train, spec, args.batch_size, device, args.seed) if training else None,
+        FolderLoader(test, spec, args.batch_size, device),
     )
-
-
-def folder(path: Path, transform):
-    """The pictures under path/<class>/. Raises UserError when there are none."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        return ImageFolder(str(path), transform)
-    except (FileNotFoundError, OSError) as error:
-        raise UserError(
-            f"{path}: no folder of pictures, expected {path}/<class>/*.JPEG ({error})"
-        ) from error

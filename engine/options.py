@@ -59,6 +59,7 @@ def parser(description: str, model: str = "R110_C10") -> Parser:
         help="evaluate on the last N training images (ImageNet: N drawn once) and leave them out "
         "of training",
     )
+    add("--image_size", type=count, help="side of the pictures of a _Folder model (default: 224)")
     add(
         "--skip_data_check",
         action="store_true",
@@ -109,7 +110,11 @@ def add_training(options: Parser, lr: float, wd: float, max_epochs: int) -> None
     add("--cv_dir", help="where checkpoints and logs go (default: that of --load, or cv/tmp/)")
     add("--batch_size", type=count, default=256, help="images a step")
     add("--max_epochs", type=count, default=max_epochs, help="epochs in all, resumed ones included")
-    add("--parallel", action="store_true", help="taken for old commands; one device is used")
+    add("--parallel", action="store_true", help="use all GPUs of this machine, as torchrun would")
+    add("--sync_bn", action="store_true", help="BatchNorm over the images of all GPUs")
+    add("--micro_batch", type=count, help="images at a time on each device, to save memory")
+    add("--resume", action="store_true", help="go on with the run in --cv_dir if there is one")
+    add("--save_minutes", type=positive, default=10, help="write last.t7 that often in an epoch")
     add("--test_every", type=count, default=10, help="evaluate and save every so many epochs")
 
 

@@ -1,12 +1,13 @@
 """A training run: its device, its directory of checkpoints and logs, and how it resumes."""
 
 import argparse
+import fcntl
 import json
-import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tensorboardX import SummaryWriter
 from torch import nn
 from tqdm import tqdm
 
-from . import checkpoint, device, loop
+from . import checkpoint, device, loop, ranks, stopping
 from .data import Loader
 from .errors import UserError, about
 from .spec import Spec
@@ -44,6 +45,10 @@ FREE_OPTIONS = {
     "test_every",
     "base",
     "pretrained",
+    "parallel",
+    "resume",
+    "micro_batch",
+    "save_minutes",
 }
 
 
@@ -59,22 +64,35 @@ class Run:
         self, args: argparse.Namespace, stage: int, spec: Spec, cv_dir: str | Path = "cv/tmp/"
     ):
         self.args, self.stage, self.spec = args, stage, spec
+        ranks.start(args.parallel)
         self.device = device.pick()
-        self.done = 0
+        self.done, self.steps_done = 0, 0
+        self.partial: dict[str, torch.Tensor] = {}
+        self.is_trained = False  # this epoch, its evaluation still to come
+        self.wrapped: list[nn.Module] = []
+        self.saved = time.monotonic()
         self.tracked: dict[str, Any] = {}
         self.loaded: dict[str, Any] = {}
         self.extras: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
         self.writer: SummaryWriter | None = None
+        goes_on = args.resume or ranks.was_restarted()
+        if goes_on and not args.load and Path(args.cv_dir or cv_dir, checkpoint.LAST).exists():
+            args.load = str(args.cv_dir or cv_dir)
         if args.load:
             self.loaded = checkpoint.read_for(spec, args.load)
             self._check_stage()
             self.done = int(self.loaded.get("epoch", 0))
+            self.steps_done = int(self.loaded.get("steps_done", 0))
+            self.partial = dict(self.loaded.get("partial", {}))
             self.extras = {n: self.loaded[n] for n in ("base",) if n in self.loaded}
             source = Path(args.load)
             cv_dir = source if source.is_dir() else source.parent
         self.cv_dir = Path(args.cv_dir or cv_dir)
-        self._claim_directory(new=not args.load or self.cv_dir.resolve() != cv_dir.resolve())
+        self.lock = None
+        if ranks.is_main():
+            new = not args.load or self.cv_dir.resolve() != Path(cv_dir).resolve()
+            self._claim_directory(new)
         self._tell_changes()
         device.keep_freed_memory()
         device.seed_everything(args.seed, 0)
@@ -83,12 +101,15 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if error is not None and self.is_trained:
+            self.save_partway()
         if self.writer is None:
             return
         self.writer.close()
         if error is not None:
             last = self.cv_dir / checkpoint.LAST
-            error.add_note(f"epoch {self.done} is kept; go on with --load {last}")
+            steps = f" and {self.steps_done} steps" if self.steps_done else ""
+            error.add_note(f"epoch {self.done}{steps} is kept; go on with --load {last}")
 
     def load_base(self, resnet: nn.Module, load: Callable) -> None:
         """Load the base ResNet by `load(resnet, tensors)`; checkpoints then say which it was."""
@@ -100,6 +121,11 @@ class Run:
     def place(self, *networks: nn.Module) -> None:
         for network in networks:
             device.place(network, self.device)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """A module whose gradients are averaged over all ranks; see `engine.ranks.wrap`."""
+        self.wrapped.append(ranks.wrap(module, self.args.sync_bn))
+        return self.wrapped[-1]
 
     def track(
         self, name: str, part: Any, load: Callable[[Any, Mapping], None] | None = None
@@ -138,7 +164,8 @@ class Run:
 
     def note(self, text: str) -> None:
         """Tell the user something that the results do not show."""
-        tqdm.write(text, file=sys.stderr)
+        if ranks.is_main():
+            tqdm.write(text, file=sys.stderr)
 
     def _tell_changes(self) -> None:
         """Say which options differ from those that the run began with; the new ones hold."""
@@ -156,27 +183,37 @@ class Run:
             )
         with about(self.cv_dir):
             self.cv_dir.mkdir(parents=True, exist_ok=True)
-            probe = self.cv_dir / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            # held until this process ends, however it ends
+            self.lock = open(self.cv_dir / ".lock", "w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.cv_dir}: another run is writing here: wait for it, or choose another "
+                    "--cv_dir"
+                ) from None
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to run, counted from 1; after each, metrics and last.t7 are written."""
         if self.done >= self.args.max_epochs:
-            tqdm.write(f"{self.args.load}: all {self.args.max_epochs} epochs are done")
+            if ranks.is_main():
+                tqdm.write(f"{self.args.load}: all {self.args.max_epochs} epochs are done")
             return
-        self._open_logs()
+        if ranks.is_main():
+            self._open_logs()
         if not self.cv_dir.joinpath(checkpoint.LAST).exists():
             self.save(checkpoint.LAST)
         for epoch in range(self.done + 1, self.args.max_epochs + 1):
-            device.seed_everything(self.args.seed, epoch)
+            device.seed_everything(self.args.seed, epoch, ranks.rank())
             self.metrics = {"epoch": epoch}
             start = time.perf_counter()
             yield epoch
             self.metrics["seconds"] = round(time.perf_counter() - start, 3)
-            with about(self.cv_dir), open(self.cv_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(self.metrics) + "\n")
-            self.done = epoch
+            if ranks.is_main():
+                with about(self.cv_dir), open(self.cv_dir / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(self.metrics) + "\n")
+            self.done, self.steps_done, self.partial = epoch, 0, {}
+            self.is_trained = False
             self.save(checkpoint.LAST)
 
     def train_epoch(
@@ -186,9 +223,50 @@ class Run:
         loader: Loader,
         **options,
     ) -> Tally:
-        """This epoch of training; see `engine.loop.train_epoch`."""
-        epoch, precision = self.metrics["epoch"], self.args.precision
-        return loop.train_epoch(step, optimizers, loader, epoch, precision, **options)
+        """This epoch of training, or what is left of it; see `engine.loop.train_epoch`."""
+        epoch = self.metrics["epoch"]
+        tally = Tally(loader, epoch, f"epoch {epoch}", self.steps_done, self.partial)
+        with stopping.patiently():
+            loop.train_epoch(
+                step,
+                self.wrapped,
+                optimizers,
+                tally,
+                self.args.precision,
+                micro_batch=self.args.micro_batch,
+                after_step=partial(self._between_steps, tally),
+                **options,
+            )
+            ranks.share_buffers(self.wrapped)
+            self.steps_done, self.partial = len(loader), tally.gather()
+            self.is_trained = True
+            self._stop_if_asked()
+        self._tell_damaged(loader)
+        return tally
+
+    def _tell_damaged(self, loader: Loader) -> None:
+        """Count the pictures of all ranks in whose place another stood."""
+        damaged = sorted(
+            {f for files in ranks.gather(getattr(loader, "damaged", [])) for f in files}
+        )
+        if damaged:
+            self.metrics["damaged_images"] = len(damaged)
+            self.note(f"{len(damaged)} pictures cannot be read, the first {damaged[0]}: replaced")
+
+    def _between_steps(self, tally: Tally, steps_done: int) -> None:
+        """Write last.t7 every so many minutes, and before a stop that was asked for."""
+        due = time.monotonic() - self.saved > 60 * self.args.save_minutes
+        wish = ranks.largest(int(due or stopping.requested()), self.device)
+        if wish and steps_done < len(tally.loader):
+            ranks.share_buffers(self.wrapped)
+            self.steps_done, self.partial = steps_done, tally.gather()
+            self.save_partway()
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """Stop all ranks where one was asked to."""
+        if ranks.largest(int(stopping.requested()), self.device):
+            raise stopping.Stopped
 
     def evaluate(self, step: loop.TestStep, loader: Loader) -> Tally:
         """An evaluation; see `engine.loop.evaluate`."""
@@ -206,12 +284,14 @@ class Run:
 
     def log(self, line: str, split: str, **figures: float) -> None:
         """Print a line, and put figures into metrics.jsonl and TensorBoard as <split>_<name>."""
+        self.metrics |= {f"{split}_{name}": value for name, value in figures.items()}
+        if not ranks.is_main():
+            return
         if self.args.subset:
             line += f" | --subset {self.args.subset}"
         tqdm.write(line)
         sys.stdout.flush()
         for name, value in figures.items():
-            self.metrics[f"{split}_{name}"] = value
             self.writer.add_scalar(f"{split}_{name}", value, self.metrics["epoch"])
 
     def log_policies(
@@ -240,7 +320,7 @@ class Run:
     def log_rates(self, split: str, rates: torch.Tensor) -> None:
         """Put how often each block was executed, (K,), into metrics.jsonl and TensorBoard."""
         self.metrics[f"{split}_rates"] = [round(rate, 4) for rate in rates.tolist()]
-        for k, rate in enumerate(rates.tolist()):
+        for k, rate in enumerate(rates.tolist() if ranks.is_main() else []):
             self.writer.add_scalar(f"{split}_rate/block_{k:02d}", rate, self.metrics["epoch"])
 
     def save_evaluated(self) -> None:
@@ -253,8 +333,16 @@ class Run:
             name += f"_R_{figures['reward']:.2E}"
         self.save(f"{name}_S_{blocks:.2f}_#_{unique}.t7", **figures)
 
-    def save(self, name: str, **figures: float) -> None:
+    def save_partway(self) -> None:
+        """Write last.t7 inside an epoch, with what its batches gave so far."""
+        part = {"steps_done": self.steps_done, "partial": self.partial}
+        self.save(checkpoint.LAST, epoch=self.done, **part)
+
+    def save(self, name: str, **figures: Any) -> None:
         """Write a checkpoint from which the run goes on exactly."""
+        self.saved = time.monotonic()
+        if not ranks.is_main():
+            return
         content = {name: cpu(part.state_dict()) for name, part in self.tracked.items()}
         content |= {"model": self.spec.name, "stage": self.stage, "args": vars(self.args)}
         content |= {"epoch": self.metrics.get("epoch", self.done), **self.extras, **figures}

@@ -7,6 +7,8 @@ class Spec(Protocol):
     """A model name spelt out, as `models.config` gives it."""
 
     name: str
+    depth: int
+    num_classes: int
     num_blocks: int
     dataset: str
     image_size: int

@@ -1,13 +1,17 @@
 """Going through an epoch's batches with a progress bar, and keeping what each image got."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import ranks
 from .data import Loader
+from .part import Part
 
 SHOWN = {"correct": "acc", "reward": "reward", "policy": "blocks", "loss": "loss"}
 
@@ -15,20 +19,35 @@ SHOWN = {"correct": "acc", "reward": "reward", "policy": "blocks", "loss": "loss
 class Tally:
     """Iterates over an epoch's batches and gathers (B, ...) results by name.
 
-    The bar shows running means; it is quiet where the output is no terminal.
+    `skip` batches are left out, of which `results` are known already. The bar shows running means
+    of this process; it is quiet where the output is no terminal.
     """
 
-    def __init__(self, loader: Loader, epoch: int, label: str):
-        self.batches = loader.epoch(epoch)
-        self.results: dict[str, list[Tensor]] = {}
-        self.num_images = loader.num_images
+    def __init__(
+        self,
+        loader: Loader,
+        epoch: int,
+        label: str,
+        skip: int = 0,
+        results: Mapping[str, Tensor] | None = None,
+    ):
+        self.loader, self.epoch, self.skip = loader, epoch, skip
+        # what is known already stands once, though every rank may have read it
+        known = (
+            (results or {}) if ranks.is_main() else {n: t[:0] for n, t in (results or {}).items()}
+        )
+        self.results = {name: [tensor] for name, tensor in known.items()}
         self.seconds = 0.0
-        self.bar = tqdm(total=loader.num_images, desc=label, unit="img", disable=None, leave=False)
+        quiet = None if ranks.is_main() else True
+        self.bar = tqdm(
+            total=-(-loader.num_images // ranks.world()), desc=label, unit="img", disable=quiet,
+            leave=False,
+        )  # fmt: skip
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Part]]:
         start = time.perf_counter()
         with self.bar:
-            yield from self.batches
+            yield from self.loader.epoch(self.epoch, self.skip)
         self.seconds = time.perf_counter() - start
 
     def add(self, **results: Tensor) -> None:
@@ -39,16 +58,36 @@ class Tally:
                 value = value.to(torch.uint8)
             self.results.setdefault(name, []).append(value)
         if not self.bar.disable:
-            self.bar.set_postfix({SHOWN[n]: f"{mean(n, v):.3f}" for n, v in self.results.items()})
+            self.bar.set_postfix({SHOWN[n]: f"{mean(n, v):.3f}" for n, v in self.results.items()
+                                  if n in SHOWN})  # fmt: skip
             self.bar.update(len(value))
 
     def __getitem__(self, name: str) -> Tensor:
-        """All images' results of one name, on the CPU."""
-        return torch.cat(self.results[name]).cpu()
+        """All images' results of one name, once there is no more to add; every rank has to ask."""
+        return self._final[name]
+
+    @cached_property
+    def _final(self) -> dict[str, Tensor]:
+        return self.gather()
 
     def of_policies(self) -> tuple[Tensor, Tensor, Tensor]:
         """Policies (N, K), rewards (N,) and correctness (N,), as `utils.performance_stats` asks."""
         return self["policy"], self["reward"], self["correct"]
+
+    def gather(self) -> dict[str, Tensor]:
+        """All images' results by name, on the CPU, those of all ranks in the loader's order."""
+        own = {name: [t.cpu() for t in tensors] for name, tensors in self.results.items()}
+        if ranks.world() == 1:
+            return {name: torch.cat(tensors) for name, tensors in own.items()}
+        everyones = ranks.gather(own)
+        return {
+            name: torch.cat([
+                tensor
+                for batch in zip_longest(*(rank.get(name, []) for rank in everyones))
+                for tensor in batch if tensor is not None
+            ])
+            for name in everyones[0]
+        }  # fmt: skip
 
 
 def mean(name: str, batches: list[Tensor]) -> float:

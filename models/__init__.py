@@ -5,7 +5,7 @@ from .deployment import deploy
 from .policy import PolicyNet
 from .registry import Config, build, config, names
 from .resnet import ResNet
-from .weights import load_gated, load_policy, load_resnet, load_ungated
+from .weights import load_fitting, load_gated, load_policy, load_resnet, load_ungated
 
 __all__ = [
     "Config",
@@ -15,6 +15,7 @@ __all__ = [
     "build",
     "config",
     "deploy",
+    "load_fitting",
     "load_gated",
     "load_policy",
     "load_resnet",

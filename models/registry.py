@@ -1,7 +1,7 @@
 """Names such as R110_C10, what they stand for, and how to build them."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .aig import GatedResNet
 from .policy import CifarPolicy, ImageNetPolicy, PolicyNet
@@ -19,6 +19,8 @@ AIG = ("AIG32_C10", "AIG110_C10", "AIG32_C100", "AIG110_C100", "AIG50_ImgNet", "
 USUAL = BLOCKDROP + AIG
 
 CIFAR = {"C10": ("CIFAR10", 10), "C100": ("CIFAR100", 100)}
+
+PICTURES = {"ImgNet": "ImageNet", "Folder": "Folder"}
 
 IMAGENET = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -53,7 +55,8 @@ class Config:
 def names() -> list[str]:
     """The usual models, AIG those of ConvNet-AIG.
 
-    Any CIFAR depth 6n+2 and ImageNet depth of torchvision builds as well.
+    Any CIFAR depth 6n+2 and ImageNet depth of torchvision builds as well, and with _Folder in
+    place of _ImgNet for a folder of pictures.
     """
     return list(USUAL)
 
@@ -72,14 +75,14 @@ def config(name: str, gated: bool | None = None) -> Config:
 
 
 def parse(name: str) -> Config:
-    match = re.fullmatch(r"(R|AIG)(\d+)_(C10|C100|ImgNet)", name)
+    match = re.fullmatch(r"(R|AIG)(\d+)_(C10|C100|ImgNet|Folder)", name)
     method, depth, data = (match[1], int(match[2]), match[3]) if match else ("", 0, "")
     gated = method == "AIG"
-    if data == "ImgNet" and depth in IMAGENET:
+    if data in PICTURES and depth in IMAGENET:
         return Config(
             name,
             depth,
-            dataset="ImageNet",
+            dataset=PICTURES[data],
             num_classes=1000,
             image_size=224,
             stages=IMAGENET[depth][1],
@@ -100,26 +103,30 @@ def parse(name: str) -> Config:
         return Config(name, depth, dataset, num_classes, 32, stages, gated, **colours)
     raise ValueError(
         f"unknown model {name!r}: take one of {', '.join(USUAL)}, another CIFAR depth 6n+2 "
-        f"such as R56_C10, or another ImageNet depth ({', '.join(f'R{d}' for d in IMAGENET)})"
+        f"such as R56_C10, or another ImageNet depth ({', '.join(f'R{d}' for d in IMAGENET)}); "
+        "R50_Folder is for pictures of your own"
     )
 
 
-def build(name: str) -> tuple[ResNet | GatedResNet, PolicyNet | None]:
+def build(
+    name: str, num_classes: int | None = None
+) -> tuple[ResNet | GatedResNet, PolicyNet | None]:
     """The ResNet and its policy network, weights initialised, nothing loaded.
 
     ConvNet-AIG's gates are part of its ResNet, and there is no policy network: None.
-    Raises ValueError for an unknown name.
+    num_classes: other than the data set's own. Raises ValueError for an unknown name.
     """
     spec = config(name)
+    spec = replace(spec, num_classes=num_classes or spec.num_classes)
     if spec.gated:
         return GatedResNet(ungated(spec)), None
-    if spec.dataset == "ImageNet":
+    if spec.image_size == 224:
         return ungated(spec), ImageNetPolicy(spec.num_blocks)
     return ungated(spec), CifarPolicy(spec.num_blocks)
 
 
 def ungated(spec: Config) -> ResNet:
-    if spec.dataset == "ImageNet":
+    if spec.image_size == 224:
         block, stages = IMAGENET[spec.depth]
         return ImageNetResNet(block, stages, spec.num_classes)
     return (ProjectedCifarResNet if spec.gated else CifarResNet)(spec.stages, spec.num_classes)

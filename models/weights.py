@@ -78,6 +78,14 @@ def is_gate_weight(name: str, tensor: Tensor) -> bool:
     return name.startswith("gates.") and name.endswith(".weight") and tensor.ndim == 4
 
 
+def load_fitting(module: nn.Module, state: State) -> int:
+    """Load those tensors that fit by name and shape; how many of the module's parameters did."""
+    own, names = module.state_dict(), our_names(state)
+    fitting = {n: t for n, t in names.items() if n in own and t.shape == own[n].shape}
+    module.load_state_dict(fitting, strict=False)
+    return sum(name in fitting for name, _ in module.named_parameters())
+
+
 def load_strictly(module: nn.Module, state: State) -> None:
     """`load_state_dict` that forgives only BatchNorm counters, which torch 0.3 did not save."""
     own = module.state_dict()

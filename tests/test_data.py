@@ -26,9 +26,9 @@ def random_set(n=20):
 def test_evaluation_gives_every_image_once_normalised():
     images, labels = random_set()
     batches = list(TensorLoader(images, labels, SPEC, 8).epoch(0))
-    assert [len(y) for _, y in batches] == [8, 8, 4]
-    assert torch.cat([y for _, y in batches]).tolist() == list(range(20))
-    x = torch.cat([x for x, _ in batches])
+    assert [len(y) for _, y, _ in batches] == [8, 8, 4]
+    assert torch.cat([y for _, y, _ in batches]).tolist() == list(range(20))
+    x = torch.cat([x for x, _, _ in batches])
     assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
     mean, std = np.array(SPEC.mean), np.array(SPEC.std)
     expected = (images.numpy() / 255 - mean) / std
@@ -41,7 +41,7 @@ def test_augmented_images_are_crops_and_flips_with_a_black_border():
     loader = TensorLoader(images, labels, plain, 7, augment=True, seed=3)
     corners, flips = set(), set()
     for epoch in range(1, 6):
-        for x, y in loader.epoch(epoch):
+        for x, y, _ in loader.epoch(epoch):
             for image, label in zip(x, y.tolist(), strict=True):
                 padded = np.zeros((40, 40, 3), np.uint8)
                 padded[4:36, 4:36] = images[label].numpy()
@@ -65,7 +65,7 @@ def test_an_epoch_is_a_function_of_seed_and_epoch():
     def epoch(number, seed=0, batch_size=8):
         loader = TensorLoader(images, labels, SPEC, batch_size, augment=True, seed=seed)
         batches = list(loader.epoch(number))
-        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+        return torch.cat([x for x, _, _ in batches]), torch.cat([y for _, y, _ in batches])
 
     x, y = epoch(1)
     assert sorted(y.tolist()) == list(range(20))
@@ -217,7 +217,7 @@ def test_pictures_in_folders(tmp_path):
                 Image.fromarray(pixels, mode).save(folder / f"{i}.JPEG")
     spec = models.config("R18_ImgNet")
     train, val = engine.data.load(spec, options(tmp_path, batch_size=4), torch.device("cpu"))
-    x, y = next(iter(val.epoch(0)))
+    x, y, _ = next(iter(val.epoch(0)))
     assert x.shape == (4, 3, 224, 224) and y.tolist() == [0, 0, 0, 1]
     first, again, other = ([b for b in train.epoch(e)] for e in (1, 1, 2))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))

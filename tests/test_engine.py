@@ -57,8 +57,8 @@ class Batches:
         self.batches = batches
         self.num_images = sum(map(len, batches))
 
-    def epoch(self, epoch):
-        return iter([(batch, torch.zeros(len(batch))) for batch in self.batches])
+    def epoch(self, epoch, skip=0):
+        return iter([(batch, torch.zeros(len(batch)), None) for batch in self.batches])
 
 
 def test_recalibration_takes_the_mean_of_the_batches_statistics():

@@ -1,0 +1,65 @@
+"""What part of a batch a process is working on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from . import ranks
+from .device import derived_seed
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images `start` to `stop` of a batch of `total`, the `step`-th batch (from 0) of its epoch.
+
+    A batch may be shared by several processes and cut into micro-batches. Losses that are weighted
+    by `share` add up to that of the whole batch, and random numbers drawn here are slices of those
+    of the whole batch, so that neither changes what is learned.
+    """
+
+    start: int
+    stop: int
+    total: int
+    seed: tuple[int, ...] = (0,)
+    step: int = 0
+
+    @property
+    def share(self) -> float:
+        return (self.stop - self.start) / self.total
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(derived_seed(*self.seed, self.step))
+
+    def noise(self, *sizes: int, device: torch.device | None = None) -> Tensor:
+        """Uniform numbers in [0, 1), (images, *sizes), float32; anew at each call."""
+        whole = torch.rand(self.total, *sizes, generator=self._generator)
+        return whole[self.start : self.stop].to(device)
+
+    def split(self, pieces: int) -> Iterator[tuple[slice, "Part"]]:
+        """Micro-batches of even sizes: rows of this part, and what part they are."""
+        count = self.stop - self.start
+        bounds = [count * piece // pieces for piece in range(pieces + 1)]
+        for first, last in pairwise(bounds):
+            start, stop = self.start + first, self.start + last
+            yield slice(first, last), replace(self, start=start, stop=stop)
+
+
+def parts(
+    num_images: int, batch_size: int, seed: tuple[int, ...], skip: int = 0, training: bool = False
+) -> Iterator[Part]:
+    """This rank's part of each batch, the first `skip` left out.
+
+    In training a batch of fewer images than ranks, at most the last, is left out by all of them,
+    so that they stay in step.
+    """
+    rank, world = ranks.rank(), ranks.world()
+    for step in range(skip, -(-num_images // batch_size)):
+        total = min(batch_size, num_images - step * batch_size)
+        start, stop = total * rank // world, total * (rank + 1) // world
+        if start < stop and (total >= world or not training):
+            yield Part(start, stop, total, seed, step)

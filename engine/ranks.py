@@ -1,0 +1,109 @@
+"""The processes of a run started by torchrun; without it there is one, rank 0 of 1."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import UserError
+
+
+def start(parallel: bool = False) -> None:
+    """Join the other processes that torchrun started, NCCL on GPUs and gloo on CPUs.
+
+    With `parallel` and without torchrun, start anew with one process for each GPU of this machine.
+    """
+    if "RANK" in os.environ:
+        if not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    elif parallel and torch.cuda.device_count() > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        processes = f"--nproc_per_node={torch.cuda.device_count()}"
+        sys.stdout.flush()
+        os.execv(sys.executable, [*torchrun, processes, *sys.argv])
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes."""
+    return rank() == 0
+
+
+def was_restarted() -> bool:
+    """Whether torchrun restarted this process after another had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def gather(value: object) -> list:
+    """Every rank's value, in order of rank, on every rank."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of all ranks' values, on every rank."""
+    if world() == 1:
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of all ranks' values, on every rank; gradients flow back to each."""
+    if world() == 1:
+        return values
+    import torch.distributed.nn  # the differentiable collectives, slow to import
+
+    return torch.distributed.nn.all_reduce(values)
+
+
+def wrap(module: nn.Module, sync_bn: bool = False) -> nn.Module:
+    """The module with its gradients averaged over all ranks; as it is where there is one.
+
+    Raises UserError for `sync_bn` on CPUs, where torch has no synchronised BatchNorm.
+    """
+    if world() == 1:
+        return module
+    device = next(module.parameters()).device
+    if sync_bn:
+        if device.type != "cuda":
+            raise UserError("--sync_bn needs GPUs: torch synchronises BatchNorm only there")
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    # a rank may have no image that keeps some block; buffers are shared once an epoch
+    return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+
+
+def share_buffers(modules: Sequence[nn.Module]) -> None:
+    """Give every rank the mean of all ranks' running statistics."""
+    for module in modules if world() > 1 else ():
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer.div_(world())
+
+
+def unsynchronised(modules: Sequence[nn.Module]) -> ExitStack:
+    """Context in which gradients add up on each rank and are not averaged yet."""
+    stack = ExitStack()
+    for module in modules:
+        if isinstance(module, DistributedDataParallel):
+            stack.enter_context(module.no_sync())
+    return stack
