@@ -175,6 +175,8 @@ def main() -> None:
     run = resnet if spec.gated else partial(run_under, resnet, policy_net, static)
     costs = flops_by_block(resnet, policy_net, (3, spec.image_size, spec.image_size))
     figures = profile(run, test, *costs, args.precision)
+    if not engine.ranks.is_main():
+        return
     if args.subset:
         print(f"first {figures['images']} images only", file=sys.stderr)
     print(

@@ -1,0 +1,90 @@
+"""Several processes, or micro-batches, against one process that takes whole batches."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from engine import checkpoint
+
+ROOT = checkpoint.ROOT
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
+def torchrun(processes, *command, check=True, **options):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*start, f"--nproc_per_node={processes}", *map(str, command)],
+        check=check, capture_output=True, text=True, env=ENV, timeout=300, **options,
+    )  # fmt: skip
+
+
+def worker(folder, processes, micro_batch):
+    path = folder / f"{processes}_{micro_batch}.pt"
+    torchrun(processes, ROOT / "tests" / "ranks_worker.py", micro_batch, path)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return worker(tmp_path_factory.mktemp("alone"), 1, 0)
+
+
+@pytest.mark.parametrize("processes, micro_batch", [(2, 0), (1, 2), (3, 2)])
+def test_gradients_and_figures_are_those_of_one_process(alone, tmp_path, processes, micro_batch):
+    several = worker(tmp_path, processes, micro_batch)
+    assert alone.keys() == several.keys()
+    for name in ("stage 1", "stage 2", "aig"):
+        # 23 images in batches of 7: the last has 2, which 3 processes leave out
+        steps = 4 if processes < 3 else 3
+        assert len(several[name]) == steps and len(alone[name]) == 4
+        for ours, expected in zip(several[name], alone[name], strict=False):
+            assert max(t.abs().max() for t in expected.values()) > 1e-3
+            for key, gradient in expected.items():
+                # a parameter that no image used has no gradient in one process, zeros in several
+                found = ours.get(key, torch.zeros_like(gradient))
+                torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-11)
+        for key, value in alone[f"{name} results"].items():
+            found = several[f"{name} results"][key]
+            torch.testing.assert_close(found, value[: len(found)], rtol=1e-9, atol=1e-11)
+            assert len(found) == (23 if processes < 3 else 21)
+    for key, value in alone["evaluation"].items():
+        assert torch.equal(several["evaluation"][key], value), key
+
+
+def test_the_scripts_run_under_torchrun(cifar_dir, base_file, tmp_path):
+    common = ["--model", "R14_C10", "--data_dir", cifar_dir, "--skip_data_check"]
+    common += ["--base", base_file]
+    cl, ft, scripts = tmp_path / "cl", tmp_path / "ft", ROOT
+    train = ["--batch_size", 40, "--max_epochs", 1]
+    result = torchrun(2, scripts / "cl_training.py", *common, *train, "--cv_dir", cl)
+    assert result.stdout.count("E: 1 | ") == result.stdout.count("TS - ") == 1
+    result = torchrun(
+        2, scripts / "finetune.py", *common, *train, "--cv_dir", ft, "--pretrained", cl / "last.t7"
+    )
+    assert result.stdout.count("TS - ") == 1
+    assert len((ft / "metrics.jsonl").read_text().splitlines()) == 1
+    figures = {}
+    for processes in (1, 2):
+        path = tmp_path / f"{processes}.json"
+        result = torchrun(
+            processes, scripts / "test.py", *common, "--load", ft, "--batch_size", 7,
+            "--json", path,
+        )  # fmt: skip
+        assert result.stdout.count("Accuracy") == 1
+        figures[processes] = json.loads(path.read_text())
+        figures[processes].pop("images_per_second")
+    assert figures[1] == figures[2] and figures[1]["images"] == 40
+
+
+def test_synchronised_batchnorm_is_refused_on_cpus(cifar_dir, base_file, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = torchrun(
+        2, ROOT / "cl_training.py", "--model", "R14_C10", "--data_dir", cifar_dir,
+        "--skip_data_check", "--base", base_file, "--cv_dir", tmp_path, "--sync_bn", check=False,
+    )  # fmt: skip
+    assert result.returncode != 0 and "--sync_bn needs GPUs" in result.stderr
