@@ -60,10 +60,9 @@ def load_start(resnet: models.ResNet, spec, args) -> None:
 def main() -> None:
     args = parse_args()
     spec = engine.data.spec_of(partial(models.config, gated=False), args)
-    folder = engine.checkpoint.base_directory(args.model)
-    if not args.load:  # a run killed right after its last evaluation may still be gone on with
-        engine.checkpoint.keep_base(args.cv_dir or folder)
-    with engine.Run(args, 0, spec, folder) as run:
+    with engine.Run(args, 0, spec, engine.checkpoint.base_directory(args.model)) as run:
+        if not args.load:  # a run killed right after its last evaluation may be gone on with
+            engine.checkpoint.keep_base(run.cv_dir)
         train, test = engine.data.load(spec, args, run.device)
         resnet, _ = models.build(args.model, spec.num_classes)
         if not args.load:

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .spec import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = "last.t7"
+CHECKSUM = "checksum"
 NETWORKS = ("agent", "net", "resnet", "state_dict")
 
 
@@ -32,7 +34,9 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of pickle protocols, which other programs' files have
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"{path}: may not be read (permission denied)") from error
     except pickle.UnpicklingError as error:
@@ -46,7 +50,11 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: truncated, damaged or no checkpoint") from error
     if not well_formed(content):
         raise UserError(f"{path}: readable, but no checkpoint of this method or of a ResNet")
-    return dict(content)
+    content = dict(content)
+    written = content.pop(CHECKSUM, None)
+    if written is not None and written != digest(content):
+        raise UserError(f"{path}: damaged, its content does not match its checksum")
+    return content
 
 
 def well_formed(content: Any) -> bool:
@@ -82,7 +90,7 @@ def write(content: Mapping[str, Any], path: str | Path) -> None:
     """
     path = Path(path)
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save({**content, CHECKSUM: digest(content)}, buffer)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with about(path):
         try:
@@ -93,6 +101,29 @@ def write(content: Mapping[str, Any], path: str | Path) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of nested mappings, sequences, tensors and plain values."""
+    hasher = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            hasher.update(raw.numpy().data)
+        elif isinstance(value, Mapping):
+            for key, part in value.items():
+                hasher.update(f"{key!r}:".encode())
+                add(part)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                add(part)
+        else:
+            hasher.update(repr(value).encode())
+
+    add(value)
+    return hasher.hexdigest()
 
 
 def base_directory(model: str) -> Path:

@@ -36,7 +36,7 @@ class Pictures(Dataset):
         row, seed = asked
         path, label = self.files[row]
         damaged = ""
-        for offset in range(1, len(self.files)):
+        for offset in range(1, len(self.files) + 1):
             try:
                 pixels = decode(path)
                 break

@@ -21,10 +21,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def cifar_dir(tmp_path_factory):
+    return write_cifar(tmp_path_factory.mktemp("data"))
+
+
+def write_cifar(root):
     """120 + 40 pictures in the layout of the published CIFAR-10; each class has a colour."""
-    root = tmp_path_factory.mktemp("data")
     folder = root / "cifar-10-batches-py"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 200, (10, 3))
     for name, size in [*((f"data_batch_{i}", 24) for i in range(1, 6)), ("test_batch", 40)]:
@@ -37,10 +40,13 @@ def cifar_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base_file(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base") / "pk_E_1_A_0.100.t7")
+
+
+def write_base(path):
     """A random ResNet as a pretrained file."""
     torch.manual_seed(1)
     resnet, _ = models.build(TINY)
-    path = tmp_path_factory.mktemp("base") / "pk_E_1_A_0.100.t7"
     engine.checkpoint.write({"state_dict": resnet.state_dict()}, path)
     return path
 

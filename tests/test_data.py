@@ -203,7 +203,9 @@ def test_code_in_a_batch_is_not_run(cifar_dir, tmp_path, capsys):
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_pictures_in_folders(tmp_path):
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures of each of two classes in train/ and val/, one of them gray."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -215,16 +217,101 @@ def test_pictures_in_folders(tmp_path):
                 mode, shape = ("L", (40, 300)) if i == 0 else ("RGB", (300, 40, 3))
                 pixels = rng.integers(0, 256, shape, dtype=np.uint8)
                 Image.fromarray(pixels, mode).save(folder / f"{i}.JPEG")
-    spec = models.config("R18_ImgNet")
-    train, val = engine.data.load(spec, options(tmp_path, batch_size=4), torch.device("cpu"))
-    x, y, _ = next(iter(val.epoch(0)))
-    assert x.shape == (4, 3, 224, 224) and y.tolist() == [0, 0, 0, 1]
+    return tmp_path
+
+
+CPU = torch.device("cpu")
+R18 = models.config("R18_ImgNet")
+
+
+def test_pictures_in_folders(pictures):
+    train, val = engine.data.load(R18, options(pictures, batch_size=4), CPU)
+    x, y, part = next(iter(val.epoch(0)))
+    assert x.shape == (4, 3, 224, 224) and y.tolist() == [0, 0, 0, 1] and part.total == 4
     first, again, other = ([b for b in train.epoch(e)] for e in (1, 1, 2))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0][0], other[0][0])
-    _, val = engine.data.load(spec, options(tmp_path, val_split=2), torch.device("cpu"))
+    (rest,) = train.epoch(1, skip=1)
+    assert torch.equal(rest[0], first[1][0])
+    _, val = engine.data.load(R18, options(pictures, val_split=2), CPU)
     assert val.num_images == 2
     with pytest.raises(UserError, match="6 images in all"):
-        engine.data.load(spec, options(tmp_path, val_split=6), torch.device("cpu"))
+        engine.data.load(R18, options(pictures, val_split=6), CPU)
     with pytest.raises(UserError, match="no folder of pictures"):
-        engine.data.load(spec, options(tmp_path / "none"), torch.device("cpu"))
+        engine.data.load(R18, options(pictures / "none"), CPU)
+
+
+def test_centre_crops_are_those_of_pil(pictures):
+    """Short side to 256, centre 224, normalised; within a level of what PIL resizes to."""
+    from PIL import Image
+    from torchvision import transforms
+
+    _, val = engine.data.load(R18, options(pictures, batch_size=6), CPU)
+    ((x, _, _),) = val.epoch(0)
+    by_pil = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    for row, path in enumerate(sorted((pictures / "val").glob("*/*.JPEG"))):
+        expected = np.array(by_pil(Image.open(path).convert("RGB"))) / 255
+        expected = (expected - np.array(R18.mean)) / np.array(R18.std)
+        found = x[row].permute(1, 2, 0).numpy()
+        assert np.abs(found - expected).max() < 1.5 / 255 / 0.22
+
+
+def test_a_damaged_picture_is_replaced_in_training_and_stops_an_evaluation(pictures):
+    for split in ("train", "val"):
+        path = pictures / split / "n01" / "1.JPEG"
+        path.write_bytes(path.read_bytes()[:400])
+    train, val = engine.data.load(R18, options(pictures, batch_size=6), CPU)
+    ((x, y, _),) = train.epoch(1)
+    assert len(x) == 6 and train.damaged == [str(pictures / "train" / "n01" / "1.JPEG")]
+    with pytest.raises(UserError, match="val/n01/1.JPEG: no picture that can be read"):
+        list(val.epoch(0))
+
+
+def test_odd_kinds_of_pictures_are_read(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "val" / "a"
+    folder.mkdir(parents=True)
+    colour = Image.new("RGB", (30, 20), (200, 100, 50))
+    colour.save(folder / "0.png")
+    colour.quantize(4).save(folder / "1.png")  # with a palette
+    colour.convert("RGBA").save(folder / "2.png")
+    colour.convert("CMYK").save(folder / "3.jpg")
+    colour.save(folder / "4.bmp")
+    colour.save(folder / "5.webp", lossless=True)
+    (folder / "6.JPEG").write_bytes((folder / "0.png").read_bytes())  # ImageNet has such
+    _, val = engine.data.load(R18, options(tmp_path, batch_size=9), CPU, training=False)
+    ((x, _, _),) = val.epoch(0)
+    expected = (torch.tensor([200, 100, 50]) / 255 - torch.tensor(R18.mean)) / torch.tensor(R18.std)
+    assert x.shape == (7, 3, 224, 224)
+    assert (x - expected[:, None, None]).abs().max() < 0.3
+
+
+def test_a_folder_model_takes_its_classes_from_the_folders(pictures):
+    args = options(pictures)
+    args.model, args.image_size = "R18_Folder", 64
+    spec = engine.data.spec_of(models.config, args)
+    assert spec.num_classes == 2 and spec.image_size == 64
+    resnet, _ = models.build("R18_Folder", spec.num_classes)
+    assert resnet(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+    (pictures / "val" / "n03").mkdir()
+    with pytest.raises(UserError, match="n03: a class that is not in"):
+        engine.data.load(spec, args, CPU)
+    args.model = "R18_ImgNet"
+    with pytest.raises(UserError, match="--image_size"):
+        engine.data.spec_of(models.config, args)
+
+
+def test_the_published_weights_are_asked_of_torchvision(monkeypatch):
+    from torchvision.models import ResNet18_Weights
+
+    from engine import published
+
+    def unreachable(self, **_):
+        raise OSError("host not found")
+
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", unreachable)
+    with pytest.raises(UserError, match="ResNet-18 .*host not found.*: do this"):
+        published.resnet(18, "do this")
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda self, **_: {"x": 1})
+    assert published.resnet(18, "") == {"x": 1}

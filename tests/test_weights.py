@@ -153,3 +153,17 @@ def test_released_stage_2_checkpoint_loads(tmp_path, run, cifar_dir):
         "test", "--model", TINY, "--load", path, "--data_dir", cifar_dir, "--skip_data_check"
     )
     assert status == 0 and "Unique Policies" in out, err
+
+
+def test_an_imagenet_policy_network_starts_from_resnet_18():
+    import torchvision
+
+    torch.manual_seed(0)
+    published = torchvision.models.resnet18().state_dict()
+    _, policy_net = models.build("R50_ImgNet")
+    fitted = models.load_fitting(policy_net.features, published)
+    assert fitted == len(list(policy_net.features.parameters()))
+    features = policy_net.features
+    assert torch.equal(features.blocks[2][0].conv2.weight, published["layer3.0.conv2.weight"])
+    assert torch.equal(features.ds[1][0].weight, published["layer2.0.downsample.0.weight"])
+    assert models.load_fitting(models.build("R32_C10")[1].features, published) == 0

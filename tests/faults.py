@@ -1,0 +1,266 @@
+"""What a run survives: kills, stops, full disks, damaged files; a table of what was tried.
+
+    python tests/faults.py                  everything, a quarter of an hour
+    python tests/faults.py --short          what the test suite runs of it
+    python tests/faults.py --only kills     one part; see FAULTS at the end
+
+Each part raises AssertionError where something was lost, and returns what it saw.
+"""
+
+import argparse
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import TINY, write_base, write_cifar  # noqa: E402
+
+from engine import UserError, checkpoint  # noqa: E402
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+class Bench:
+    """A small data set, a base ResNet and a stage-1 checkpoint in a scratch directory."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.random = folder, random.Random(seed)
+        self.data, self.base = write_cifar(folder / "data"), write_base(folder / "pk_E_1_A_0.1.t7")
+        self.count = 0
+        self.stage_1 = self.fresh()
+        self.run("cl_training", "--cv_dir", self.stage_1)
+
+    def fresh(self) -> Path:
+        self.count += 1
+        return self.folder / f"run{self.count}"
+
+    def command(self, script: str, *options) -> list[str]:
+        model = TINY.replace("R", "AIG") if script == "aig_training" else TINY
+        given = ["--model", model, "--data_dir", self.data, "--skip_data_check"]
+        given += ["--batch_size", 20, "--max_epochs", 3, "--test_every", 1]
+        if script in ("cl_training", "finetune"):
+            given += ["--base", self.base]
+        if script == "finetune" and "--load" not in options:
+            given += ["--pretrained", self.stage_1 / checkpoint.LAST]
+        return [str(part) for part in (ROOT / f"{script}.py", *given, *options)]
+
+    def run(self, script: str, *options, status: int = 0) -> str:
+        """Run a script to its end; what it wrote to standard error."""
+        command = [sys.executable, *self.command(script, *options)]
+        result = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+        assert result.returncode == status, (options, result.returncode, result.stderr)
+        return result.stderr
+
+    def start(self, script: str, *options, prefix=(sys.executable,)) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*prefix, *self.command(script, *options)], env=ENV, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def whole(self, script: str, *options) -> tuple[Path, float]:
+        """An uninterrupted run, and how long it took."""
+        folder, start = self.fresh(), time.monotonic()
+        self.run(script, "--cv_dir", folder, *options)
+        return folder, time.monotonic() - start
+
+
+def same(a, b) -> bool:
+    """Whether two nested states are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def ended_alike(a: Path, b: Path) -> bool:
+    """Whether two runs ended in the same weights, optimizer states and epoch."""
+    contents = [checkpoint.read(folder) for folder in (a, b)]
+    for content in contents:
+        content.pop("args")
+    return same(*contents)
+
+
+def kills(bench: Bench, short: bool) -> str:
+    """SIGKILL at random moments, last.t7 written as often as can be; then --resume."""
+    tries = 1 if short else 20
+    often = ("--save_minutes", 0.0001)
+    killed = partway = 0
+    for script in ("pretrain", "cl_training", "finetune", "aig_training"):
+        expected, seconds = bench.whole(script)
+        for _ in range(tries):
+            folder = bench.fresh()
+            process = bench.start(script, "--cv_dir", folder, *often)
+            time.sleep(bench.random.uniform(0.5, 1.0) * seconds)
+            process.kill()
+            process.communicate()
+            last = folder / checkpoint.LAST
+            if process.returncode == -signal.SIGKILL:
+                killed += 1
+                # none, or a whole one
+                partway += last.exists() and "steps_done" in checkpoint.read(last)
+            bench.run(script, "--cv_dir", folder, *often, "--resume")
+            assert ended_alike(expected, folder), (script, folder)
+    return (
+        f"{killed} of {4 * tries} runs killed ({partway} inside an epoch), all ended bit-identical"
+    )
+
+
+def terms(bench: Bench, short: bool) -> str:
+    """SIGTERM inside an epoch: exit within 10 s, and --load goes on."""
+    slowest = 0.0
+    for script in ("cl_training",) if short else ("pretrain", "cl_training", "finetune"):
+        expected, _ = bench.whole(script)
+        folder = bench.fresh()
+        process = bench.start(script, "--cv_dir", folder)
+        while not (folder / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate()
+        slowest = max(slowest, time.monotonic() - start)
+        assert process.returncode == 143 and "go on with --load" in error, error
+        bench.run(script, "--load", folder)
+        assert ended_alike(expected, folder)
+    assert slowest < 10
+    return f"exit after at most {slowest:.1f} s, resumed runs ended bit-identical"
+
+
+def workers(bench: Bench, short: bool) -> str:
+    """SIGKILL one of two workers under torchrun --max-restarts: the job goes on by itself."""
+    pair = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=3", "--monitor-interval=0.1"]
+    expected, folder = bench.fresh(), bench.fresh()
+    options = ("--max_epochs", 6)
+    process = bench.start("cl_training", "--cv_dir", expected, *options, prefix=pair)
+    assert process.wait() == 0, process.communicate()[1]
+    process = bench.start("cl_training", "--cv_dir", folder, *options, prefix=pair)
+    while not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    victim = bench.random.choice(children(process.pid))
+    os.kill(victim, signal.SIGKILL)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert ended_alike(expected, folder)
+    return "one worker of two killed, restarted by torchrun, ended bit-identical"
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def directories(bench: Bench, short: bool) -> str:
+    """Full disk, read-only directory, two runs in one place."""
+    seen = []
+    folder = bench.fresh()
+    process = bench.start("cl_training", "--cv_dir", folder, "--max_epochs", 1000)
+    while not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    error = bench.run("cl_training", "--cv_dir", folder, "--resume", status=2)
+    assert "another run is writing here" in error, error
+    process.kill()
+    process.communicate()
+    bench.run("cl_training", "--cv_dir", folder, "--resume")
+    seen.append("a second run was refused")
+
+    if os.geteuid() == 0:  # who may mount, and whom permissions do not stop
+        small = bench.fresh()
+        small.mkdir()
+        # room for last.t7 and not for the one that replaces it
+        size = int((bench.stage_1 / checkpoint.LAST).stat().st_size * 1.6)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", small]
+        if subprocess.run(mount, capture_output=True).returncode == 0:
+            try:
+                error = bench.run("cl_training", "--cv_dir", small, status=2)
+                assert "No space left on device" in error and error.count("\n") == 1, error
+                assert checkpoint.read(small)["epoch"] == 0
+                seen.append("a full disk left the old checkpoint")
+                subprocess.run(["mount", "-o", "remount,ro", small], check=True)
+                error = bench.run("cl_training", "--cv_dir", small, "--resume", status=2)
+                assert "Read-only file system" in error and error.count("\n") == 1, error
+                seen.append("a read-only one was refused")
+            finally:
+                subprocess.run(["umount", "-l", small], check=True)
+    return ", ".join(seen)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch code_was_run",)
+
+
+def damaged(bench: Bench, short: bool) -> str:
+    """Damaged and foreign files: an error in one line, or exactly what was written."""
+    tries, refused = 40 if short else 200, 0
+    path, bad = bench.stage_1 / checkpoint.LAST, bench.folder / "bad.t7"
+    whole, content = path.read_bytes(), checkpoint.read(path)
+    for number in range(tries):
+        data, kind = bytearray(whole), number % 5
+        at = bench.random.randrange(len(data))
+        if kind == 0:
+            data = data[:at]
+        elif kind == 1:
+            data[at] ^= 1 << bench.random.randrange(8)
+        elif kind == 2:
+            size = min(bench.random.choice([16, 512, 4096]), len(data) - at)
+            data[at : at + size] = bytes(size)
+        elif kind == 3:
+            data = bytearray(bench.random.choice(foreign()))
+        else:
+            data = bytearray(pickle.dumps({"agent": RunsCode()}, protocol=number % 3 + 1))
+        bad.write_bytes(data)
+        try:
+            read = checkpoint.read(bad)
+        except UserError as error:
+            refused += 1
+            assert str(bad) in str(error) and "\n" not in str(error)
+        else:  # a flipped bit that nothing depends on, such as in a zip file's padding
+            assert kind in (1, 2) and same(read, content), (kind, at)
+    assert not Path("code_was_run").exists()
+    return f"{refused} of {tries} refused in one line, the others loaded exactly; no code ran"
+
+
+def foreign() -> list[bytes]:
+    """Files of other programs."""
+    buffers = [b"", b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04" + bytes(100), b"{}\n"]
+    return [*buffers, pickle.dumps([1, 2]), pickle.dumps({"agent": {"a": 1}}, protocol=2)]
+
+
+FAULTS = {
+    "kills": kills,
+    "terms": terms,
+    "workers": workers,
+    "directories": directories,
+    "damaged": damaged,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="what the test suite runs")
+    parser.add_argument("--only", choices=FAULTS, nargs="+", default=list(FAULTS))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), args.seed)
+        print("| fault | outcome |\n|---|---|")
+        for name in args.only:
+            outcome = FAULTS[name](bench, args.short)
+            print(f"| {FAULTS[name].__doc__.rstrip('.')} | {outcome} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
