@@ -87,8 +87,10 @@ def wrap(module: nn.Module, sync_bn: bool = False) -> nn.Module:
         if device.type != "cuda":
             raise UserError("--sync_bn needs GPUs: torch synchronises BatchNorm only there")
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    # a rank may have no image that keeps some block; buffers are shared once an epoch
-    return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+    # a rank may have no image that keeps some block
+    wrapped = DistributedDataParallel(module, find_unused_parameters=True)
+    wrapped.broadcast_buffers = False  # they are shared once an epoch; the argument is deprecated
+    return wrapped
 
 
 def share_buffers(modules: Sequence[nn.Module]) -> None:

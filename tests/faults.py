@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -157,6 +159,84 @@ def workers(bench: Bench, short: bool) -> str:
     return "one worker of two killed, restarted by torchrun, ended bit-identical"
 
 
+ADDRESSES = ("10.199.0.1", "10.199.0.2")
+
+
+@contextmanager
+def two_hosts():
+    """Two network namespaces joined by a virtual cable; how to run a command in each."""
+    names = [f"faults{os.getpid()}{side}" for side in "ab"]
+    cable = [f"veth{os.getpid() % 100000}{side}" for side in "ab"]
+    ip = partial(subprocess.run, check=True)
+    try:
+        ip(["ip", "link", "add", cable[0], "type", "veth", "peer", "name", cable[1]])
+        for name, end, address in zip(names, cable, ADDRESSES, strict=True):
+            ip(["ip", "netns", "add", name])
+            ip(["ip", "link", "set", end, "netns", name])
+            inside = ["ip", "netns", "exec", name, "ip"]
+            ip([*inside, "addr", "add", f"{address}/24", "dev", end])
+            ip([*inside, "link", "set", end, "up"])
+            ip([*inside, "link", "set", "lo", "up"])
+        # gloo asks the system which interface the host's name is on
+        yield [
+            [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                "env",
+                f"GLOO_SOCKET_IFNAME={end}",
+                # without it the first host does not tell one that comes later where to connect
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+            ]
+            for name, end in zip(names, cable, strict=True)
+        ]
+    finally:
+        for name in names:
+            halt(name)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def halt(name: str) -> None:
+    """Kill every process of a network namespace, as if its host had lost power."""
+    listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    for pid in listed.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def hosts(bench: Bench, short: bool) -> str:
+    """Two hosts with one process each; the second disappears and comes back."""
+    if short or os.geteuid() != 0:
+        return "not tried: needs root"
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+        "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29511",
+        "--monitor-interval=0.1",
+    ]  # fmt: skip
+    expected, folder, options = bench.fresh(), bench.fresh(), ("--max_epochs", 12, "--resume")
+
+    def start(place: Path, host: list[str], address: str) -> subprocess.Popen:
+        # both namespaces go by the same host name, from which torchrun would tell the leader
+        leads = f"--rdzv-conf=is_host={int(address == ADDRESSES[0])}"
+        prefix = [*host, *torchrun, f"--local-addr={address}", leads]
+        return bench.start("cl_training", "--cv_dir", place, *options, prefix=prefix)
+
+    with two_hosts() as commands:
+        pairs = list(zip(commands, ADDRESSES, strict=True))
+        running = [start(expected, *pair) for pair in pairs]
+        assert [process.wait() for process in running] == [0, 0], running[0].communicate()[1]
+        first, second = (start(folder, *pair) for pair in pairs)
+        while not (folder / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        halt(commands[1][3])
+        time.sleep(20)  # the others take three missed heartbeats of 5 s to notice
+        second = start(folder, *pairs[1])
+        errors = [process.communicate()[1] for process in (first, second)]
+        assert [first.returncode, second.returncode] == [0, 0], errors
+    assert ended_alike(expected, folder)
+    return "the second host killed and started again: both went on and ended bit-identical"
+
+
 def children(pid: int) -> list[int]:
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found]
@@ -243,6 +323,7 @@ FAULTS = {
     "kills": kills,
     "terms": terms,
     "workers": workers,
+    "hosts": hosts,
     "directories": directories,
     "damaged": damaged,
 }
