@@ -147,7 +147,10 @@ def main() -> None:
     spec = engine.data.spec_of(partial(models.config, gated=False), args)
     with engine.Run(args, 2, spec) as run:
         args.policy = args.policy or engine.checkpoint.static_policy_of(run.loaded)
-        static = options.static_policy(args, spec.stages, utils.static_policy, run.device)
+        args.policy = options.named_static(args.policy, args.seed)
+        static = options.static_policy(
+            args.policy, args.seed, spec.stages, utils.static_policy, run.device
+        )
         train, test = engine.data.load(spec, args, run.device)
         resnet, policy_net = models.build(args.model, spec.num_classes)
         if not args.load:

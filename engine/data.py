@@ -6,11 +6,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import cifar, imagenet
+from . import checkpoint, cifar, imagenet
 from .device import derived_seed
 from .errors import UserError, named
 from .part import Part, parts
@@ -49,6 +50,7 @@ class TensorLoader:
         self.augment = options.get("augment", False)
         self.seed = options.get("seed", 0)
         self.images = images
+        self.class_names: list[str] = []
         self.mean = torch.tensor(spec.mean, device=images.device) * 255
         self.std = torch.tensor(spec.std, device=images.device) * 255
 
@@ -63,6 +65,14 @@ class TensorLoader:
             first = part.step * self.batch_size
             rows = order[first + part.start : first + part.stop]
             yield self._pixels(rows, corners[rows], flips[rows]), self.labels[rows], part
+
+    def picture(self, row: int) -> np.ndarray:
+        """One image as it was, uint8 (H, W, 3)."""
+        return self.images[row].cpu().numpy()
+
+    def fingerprint(self) -> str:
+        """The same images in the same order, the same fingerprint."""
+        return checkpoint.digest([self.images, self.labels])
 
     @cached_property
     def _padded(self) -> Tensor:
@@ -127,7 +137,7 @@ def load(
     train, test = (
         tuple(array[: args.subset].to(device) for array in arrays) for arrays in (train, test)
     )
-    return (
-        TensorLoader(*train, spec, args.batch_size, augment=True, seed=args.seed),
-        TensorLoader(*test, spec, args.batch_size),
-    )
+    train = TensorLoader(*train, spec, args.batch_size, augment=True, seed=args.seed)
+    test = TensorLoader(*test, spec, args.batch_size)
+    train.class_names = test.class_names = cifar.CLASS_NAMES[spec.dataset]
+    return train, test

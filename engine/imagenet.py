@@ -2,13 +2,16 @@
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .checkpoint import digest
 from .device import derived_seed
 from .errors import UserError
 from .part import Part, parts
@@ -75,7 +78,6 @@ def decode(path: str) -> Tensor:
             if b"\xff\xd9" not in bytes(data[-64:]):
                 raise ValueError("truncated")
         return decode_image(data, mode=ImageReadMode.RGB)
-    import numpy as np
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -128,9 +130,11 @@ class FolderLoader:
         self.std = torch.tensor(spec.std, device=device).view(3, 1, 1) * 255
         self.rows = Rows(len(files), batch_size, seed)
         self.damaged: list[str] = []
+        self.class_names: list[str] = []
+        self.pictures = Pictures(files, spec.image_size)
         workers = min(len(os.sched_getaffinity(0)), 16)
         self.loader = DataLoader(
-            Pictures(files, spec.image_size),
+            self.pictures,
             batch_sampler=self.rows,
             num_workers=workers,
             prefetch_factor=PREFETCH,
@@ -150,6 +154,15 @@ class FolderLoader:
             images = images.contiguous(memory_format=torch.channels_last)
             images = (images.float() - self.mean) / self.std
             yield images, labels.to(self.device, non_blocking=True), part
+
+    def picture(self, row: int) -> np.ndarray:
+        """One image as an evaluation sees it, uint8 (H, W, 3)."""
+        return self.pictures[row, None][0].permute(1, 2, 0).numpy()
+
+    def fingerprint(self) -> str:
+        """The same files of the same sizes, the same fingerprint."""
+        files = self.pictures.files
+        return digest([(path, label, os.path.getsize(path)) for path, label in files])
 
 
 def one_thread(worker: int) -> None:
@@ -206,7 +219,16 @@ def load(
     else:
         test = files_of(root / "val", names)
     train, test = train[: args.subset], test[: args.subset]
-    return (
-        FolderLoader(train, spec, args.batch_size, device, args.seed) if training else None,
-        FolderLoader(test, spec, args.batch_size, device),
-    )
+    train = FolderLoader(train, spec, args.batch_size, device, args.seed) if training else None
+    test = FolderLoader(test, spec, args.batch_size, device)
+    test.class_names = titles(names)
+    return train, test
+
+
+def titles(names: list[str]) -> list[str]:
+    """Class names to show: ImageNet's in words, other folders' as they are."""
+    if len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
+        from torchvision.models import ResNet50_Weights
+
+        return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+    return names

@@ -82,22 +82,25 @@ def add_static(options: Parser) -> None:
     )
 
 
+def named_static(policy: str | None, seed: int) -> str | None:
+    """The name with the seed that a random one is drawn with, so that checkpoints tell it."""
+    if policy and policy.startswith("random") and policy.count(":") == 1:
+        return f"{policy}:{seed}"
+    return policy
+
+
 def static_policy(
-    args: argparse.Namespace,
+    policy: str | None,
+    seed: int,
     stages: Sequence[int],
     make: Callable[..., Tensor],
     device: torch.device,
 ) -> Tensor | None:
-    """The (K,) policy that --policy names, by `utils.static_policy`; None without --policy.
-
-    The seed of a random one becomes part of its name, so that checkpoints tell which it was.
-    """
-    if args.policy is None:
+    """The (K,) policy that --policy names, by `utils.static_policy`; None without --policy."""
+    if policy is None:
         return None
-    if args.policy.startswith("random") and args.policy.count(":") == 1:
-        args.policy += f":{args.seed}"
-    kind, keep, seed = (args.policy + ":0").split(":")[:3]
-    with about(f"--policy {args.policy}"):
+    kind, keep, seed = (named_static(policy, seed) + ":0").split(":")[:3]
+    with about(f"--policy {policy}"):
         return make(kind, int(keep), stages, int(seed)).to(device)
 
 

@@ -1,0 +1,162 @@
+"""What the pictures show, against plain loops, and whole reports of odd checkpoints."""
+
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+import models
+from engine import checkpoint
+from visual import facts, page
+
+
+@pytest.fixture
+def seen():
+    """Policies, labels and correctness of 60 images; class 3 of 5 has none."""
+    rng = np.random.default_rng(0)
+    policies = (rng.random((60, 4)) < [0.9, 0.5, 0.5, 0.1]).astype(np.uint8)
+    labels = rng.choice([0, 1, 2, 4], 60)
+    return policies, labels, rng.random(60) < 0.7
+
+
+def test_distinct_policies(seen):
+    policies, _, _ = seen
+    rows, counts, which = facts.distinct(policies)
+    expected = Counter(map(tuple, policies.tolist()))
+    assert {tuple(r): c for r, c in zip(rows.tolist(), counts.tolist(), strict=True)} == expected
+    assert list(counts) == sorted(expected.values(), reverse=True)
+    assert np.array_equal(rows[which], policies)
+
+
+def test_paths_of_a_class(seen):
+    policies, labels, _ = seen
+    found = facts.paths_of_class(policies, labels, 2, paths=3, examples=2)
+    counts = Counter(tuple(p) for p, y in zip(policies.tolist(), labels, strict=True) if y == 2)
+    assert [count for _, count, _ in found] == [c for _, c in counts.most_common(3)]
+    for policy, count, images in found:
+        takers = [i for i in range(60) if labels[i] == 2 and (policies[i] == policy).all()]
+        assert counts[tuple(policy.tolist())] == count == len(takers)
+        assert images.tolist() == takers[:2]
+    assert facts.paths_of_class(policies, labels, 3, 3, 2) == []
+
+
+def test_easy_and_hard(seen):
+    policies, labels, correct = seen
+    easy, hard = facts.easy_and_hard(policies, labels, correct, 1, 4)
+    right = [i for i in range(60) if labels[i] == 1 and correct[i]]
+    blocks = {i: int(policies[i].sum()) for i in right}
+    assert easy.tolist() == sorted(right, key=lambda i: (blocks[i], i))[:4]
+    assert hard.tolist() == sorted(right, key=lambda i: (-blocks[i], i))[:4]
+    assert [len(a) for a in facts.easy_and_hard(policies, labels, correct, 3, 4)] == [0, 0]
+
+
+def test_rates_and_accuracies_by_class_and_blocks(seen):
+    policies, labels, correct = seen
+    overall, by_class = facts.keep_rates(policies, labels, 5)
+    accuracies = facts.accuracy_by_class(correct, labels, 5)
+    groups = facts.blocks_by_class(policies, labels, 5)
+    for k in range(4):
+        assert overall[k] == pytest.approx(sum(policies[:, k].tolist()) / 60)
+    for c in range(5):
+        rows = [i for i in range(60) if labels[i] == c]
+        assert groups[c].tolist() == [sum(policies[i].tolist()) for i in rows]
+        if not rows:
+            assert np.isnan(by_class[c]).all() and np.isnan(accuracies[c])
+            continue
+        assert accuracies[c] == pytest.approx(sum(correct[i] for i in rows) / len(rows))
+        for k in range(4):
+            assert by_class[c, k] == pytest.approx(sum(policies[i, k] for i in rows) / len(rows))
+    numbers, counts, found = facts.accuracy_by_blocks(policies, correct)
+    for number, count, accuracy in zip(numbers, counts, found, strict=True):
+        rows = [i for i in range(60) if policies[i].sum() == number]
+        assert len(rows) == count
+        assert accuracy == pytest.approx(sum(correct[i] for i in rows) / count)
+    assert facts.coverage(np.array([5, 3, 2])).tolist() == pytest.approx([0.5, 0.8, 1.0])
+
+
+def test_training_curves(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"epoch": 1, "train_accuracy": 0.5, "test_rates": [1]}, {"epoch": 2, "x": 3}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert facts.training_curves(path) == {"train_accuracy": ([1], [0.5]), "x": ([2], [3])}
+
+
+def test_the_page_escapes_and_fetches_nothing(tmp_path):
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"png")
+    section = page.section("a", "<b>", "x & y", picture, page.table(["<i>"], [["<u>"]]))
+    text = page.page("<t>", "", [("a", "<b>", section)])
+    for tag in ("<b>", "<i>", "<u>", "<t>"):
+        assert tag not in text
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text) and "http" not in text
+
+
+@pytest.fixture
+def common(cifar_dir, base_file):
+    return ["--data_dir", cifar_dir, "--skip_data_check", "--base", base_file]
+
+
+def stage_2(path, bias, base_file):
+    """A checkpoint whose policy is the same for every image: all kept or all dropped."""
+    _, policy_net = models.build(TINY)
+    with torch.no_grad():
+        policy_net.logit.bias.fill_(bias)
+        policy_net.logit.weight.zero_()
+    content = {"agent": policy_net.state_dict(), "model": TINY, "stage": 2, "epoch": 1}
+    checkpoint.write(content | {"resnet": checkpoint.read(base_file)["state_dict"]}, path)
+    return path
+
+
+@pytest.mark.parametrize("bias", [50.0, -50.0])
+def test_reports_of_a_single_policy(run, common, base_file, tmp_path, bias):
+    path = stage_2(tmp_path / "ckpt.t7", bias, base_file)
+    out = tmp_path / "report"
+    options = [*common, "--load", path, "--out", out, "--subset", 7]  # classes without images
+    status, text, err = run("visualize", *options)
+    assert status == 0, err
+    assert text.strip() == str(out / "report.html")
+    pictures = {p.stem for p in out.glob("*.png")}
+    shown = {"blocks", "keep_rates", "policies", "accuracy_by_blocks", "classes", "trade_off"}
+    assert pictures >= shown | {"paths"}
+    assert "1 in all" in (out / "report.html").read_text()
+
+
+def test_a_second_report_uses_the_first_ones_predictions(
+    run, common, base_file, tmp_path, monkeypatch
+):
+    path = stage_2(tmp_path / "ckpt.t7", 50.0, base_file)
+    options = [*common, "--load", path, "--out", tmp_path / "report"]
+    assert run("visualize", *options)[0] == 0
+    cached = checkpoint.read(tmp_path / "ckpt.predictions.pt")
+    assert cached["policy"].shape == (40, 6)
+
+    forward = models.PolicyNet.forward
+    batches = []
+
+    def counted(self, x):
+        batches.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(models.PolicyNet, "forward", counted)
+    assert run("visualize", *options)[0] == 0
+    assert max(batches, default=0) <= 1  # only FLOPs are counted, on one image
+    assert run("visualize", *options, "--subset", 20)[0] == 0
+    assert max(batches) == 20  # other images: predicted anew
+
+
+def test_reports_of_gates_and_of_several_checkpoints(run, common, base_file, tmp_path):
+    aig = tmp_path / "aig"
+    train = ["--model", "AIG14_C10", *common[:3], "--cv_dir", aig, "--max_epochs", 1]
+    assert run("aig_training", *train, "--batch_size", 40)[0] == 0
+    other = stage_2(tmp_path / "ckpt.t7", -50.0, base_file)
+    for load in ([aig, other], [other, aig]):
+        options = [*common, "--load", *load, "--out", tmp_path / "report", "--time"]
+        status, _, err = run("visualize", *options)
+        assert status == 0, err
+    assert (tmp_path / "report" / "time.png").exists()
+    status, _, err = run("visualize", *common, "--load", other, "--classes", "unicorn")
+    assert status == 2 and "--classes unicorn: no such class" in err and err.count("\n") == 1

@@ -1,0 +1,1 @@
+"""Pictures of what a policy has learned: what they show, how they look, the page they stand on."""

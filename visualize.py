@@ -1,0 +1,349 @@
+"""See what a policy has learned: a report of pictures from one or several checkpoints.
+
+The first checkpoint is looked into; all take part in the trade-off of accuracy and cost.
+"""
+
+import argparse
+import html
+import sys
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+import engine
+import models
+import utils
+from engine import UserError, checkpoint, options
+from subject import Subject
+from visual import facts, figures, page
+
+PUBLISHED = {  # Wu et al. 2018: model -> (label, blocks, FLOPs or None, accuracy)
+    "R32_C10": [("stage 1", 9.4, None, 0.886), ("stage 2", 6.9, None, 0.913)],
+    "R110_C10": [("stage 1", 20.1, None, 0.754), ("stage 2", 16.93, 1.81e8, 0.936)],
+    "R101_ImgNet": [("stage 1", 29.79, None, 0.746), ("stage 2", 24.77, 1.25e10, 0.764)],
+}
+
+
+def parse_args():
+    parser = options.parser(__doc__)
+    options.add_base(parser)
+    add = parser.add_argument
+    add("--load", nargs="+", required=True, help="checkpoints, or the cv_dirs that hold last.t7")
+    add("--out", type=Path, default=Path("report"), help="directory of the report")
+    add("--classes", nargs="+", help="names or numbers of classes to show (default: ten of them)")
+    add("--paths", type=options.count, default=3, help="policies shown of each class")
+    add("--examples", type=options.count, default=6, help="images shown of each")
+    add("--batch_size", type=options.count, default=500, help="images a step")
+    add("--time", action="store_true", help="also measure the time of each checkpoint")
+    return parser.parse_args()
+
+
+class Seen:
+    """A checkpoint and what it does with every image."""
+
+    def __init__(self, path: str, args):
+        model = checkpoint.read(path).get("model")  # released checkpoints do not say
+        model = model if isinstance(model, str) else args.model
+        own = argparse.Namespace(**vars(args) | {"load": path, "model": model, "policy": None})
+        self.path, self.spec = Path(path), engine.data.spec_of(models.config, own)
+        self.subject = Subject(own, self.spec)
+        _, self.test = engine.data.load(self.spec, own, self.subject.device, training=False)
+        content = self._predictions()
+        self.policies, self.labels, self.correct, self.full_correct = (
+            content[name].numpy() for name in ("policy", "label", "correct", "full_correct")
+        )
+        self.fixed, self.per_block = self.subject.flops()
+        self.flops = self.fixed + float((self.policies @ self.per_block.numpy()).mean())
+
+    @property
+    def kind(self) -> str:
+        if self.spec.gated:
+            return "ConvNet-AIG"
+        return "static" if self.subject.is_static else "BlockDrop"
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
+
+    def full_flops(self) -> float:
+        """FLOPs of the full ResNet, without what decides."""
+        size = (3, self.spec.image_size, self.spec.image_size)
+        fixed, per_block = utils.block_flops(self.subject.plain, size)
+        return fixed + float(per_block.sum())
+
+    def _predictions(self) -> dict[str, Tensor]:
+        """What `_predict` finds, from the cache beside the checkpoint if it is of the same."""
+        file = self.path / checkpoint.LAST if self.path.is_dir() else self.path
+        cache = file.with_suffix(".predictions.pt")
+        networks = filter(None, (self.subject.resnet, self.subject.policy_net))
+        key = [checkpoint.fingerprint(network) for network in networks]
+        key += [self.test.fingerprint(), self.subject.args.precision]
+        try:
+            content = checkpoint.read(cache)
+        except UserError:  # none yet, or a damaged one
+            content = {}
+        if content.get("key") == key:
+            return content
+        content = {"key": key, **self._predict()}
+        try:
+            checkpoint.write(content, cache)
+        except UserError as error:
+            print(f"{error}: the next report has to predict again", file=sys.stderr)
+        return content
+
+    def _predict(self) -> dict[str, Tensor]:
+        """Of every image: policy, label, whether it is recognised, and whether in full."""
+
+        def step(images: Tensor, labels: Tensor):
+            logits, policy = self.subject.run(images)
+            full = self.subject.plain(images)
+            return {
+                "policy": policy,
+                "label": labels,
+                "correct": logits.argmax(1) == labels,
+                "full_correct": full.argmax(1) == labels,
+            }
+
+        label = f"predicting {self.folder.name}"
+        return engine.evaluate(step, self.test, self.subject.args.precision, label).gather()
+
+
+def chosen_classes(args, names: list[str]) -> list[int]:
+    """The classes that --classes names, by name or number; ten of them without it."""
+    if not args.classes:
+        return list(range(len(names)))[:: max(1, len(names) // 10)][:10]
+    numbers = []
+    for given in args.classes:
+        if given in names:
+            numbers.append(names.index(given))
+        elif given.isdigit() and int(given) < len(names):
+            numbers.append(int(given))
+        else:
+            raise UserError(f"--classes {given}: no such class among {', '.join(names[:10])} ...")
+    return numbers
+
+
+class Report:
+    """Sections of pictures, each drawn to a PNG file and put on the page."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.sections: list[tuple[str, str, str]] = []
+        with engine.about(out):
+            out.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, title: str, text: str, figure, behind: str = "") -> None:
+        path = self.out / f"{name}.png"
+        with engine.about(path):
+            figure.savefig(path, dpi=160)
+        figures.plt.close(figure)
+        self.sections.append((name, title, page.section(name, title, text, path, behind)))
+
+    def write(self, title: str, head: str) -> Path:
+        path = self.out / "report.html"
+        with engine.about(path):
+            path.write_text(page.page(title, head, self.sections))
+        return path
+
+
+def percent(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.1%}"
+
+
+def add_paths(report: Report, seen: Seen, classes, names, args) -> None:
+    rows, behind = [], []
+    for label in classes:
+        total = int((seen.labels == label).sum())
+        for policy, count, images in facts.paths_of_class(
+            seen.policies, seen.labels, label, args.paths, args.examples
+        ):
+            pictures = [seen.test.picture(int(i)) for i in images]
+            rows.append((names[label], count / total, policy, pictures))
+            kept = "".join(map(str, policy.astype(int)))
+            behind.append([names[label], f"{count / total:.1%}", int(policy.sum()), kept])
+    if rows:
+        figure = figures.paths(rows, seen.spec.stages, args.examples)
+        table = page.table(["class", "images", "blocks", "policy"], behind)
+        report.add("paths", "Paths",
+            "The most frequent policies of each class, a filled square for a block that is kept, "
+            "with images that take them.", figure, table)  # fmt: skip
+
+
+def add_easy_and_hard(report: Report, seen: Seen, classes, names, args) -> None:
+    rows, blocks = [], seen.policies.sum(1).astype(int)
+    for label in classes:
+        groups = facts.easy_and_hard(seen.policies, seen.labels, seen.correct, label, args.examples)
+        if len(groups[0]):
+            shown = ([(seen.test.picture(int(i)), blocks[i]) for i in group] for group in groups)
+            rows.append((names[label], *shown))
+    if rows:
+        report.add("easy_hard", "Easy and hard",
+            "Of each class the rightly recognised images that got the fewest and the most blocks; "
+            "the number below an image is its blocks.",
+            figures.easy_hard(rows, args.examples))  # fmt: skip
+
+
+def add_statistics(report: Report, seen: Seen, names: list[str]) -> None:
+    policies, labels, classes = seen.policies, seen.labels, len(names)
+    groups = facts.blocks_by_class(policies, labels, classes)
+    behind = page.table(
+        ["class", "images", "blocks", "deviation", "fewest", "most"],
+        [[names[i], len(g), f"{g.mean():.2f}", f"{g.std():.2f}", int(g.min()), int(g.max())]
+         for i, g in enumerate(groups) if len(g)],
+    )  # fmt: skip
+    report.add("blocks", "Blocks by class",
+        "Half of a class's images lie in its box, 96 % between the whiskers; the line is the "
+        "median, the dot the mean.",
+        figures.distribution(groups, names, seen.spec.num_blocks), behind)  # fmt: skip
+
+    overall, by_class = facts.keep_rates(policies, labels, classes)
+    behind = page.table(
+        ["class", *range(len(overall))],
+        [["all", *(f"{r:.2f}" for r in overall)]]
+        + [[names[i], *(f"{r:.2f}" for r in rates)]
+           for i, rates in enumerate(by_class) if not np.isnan(rates).any()],
+    )  # fmt: skip
+    report.add("keep_rates", "How often each block is kept", "Along the network, by class.",
+               figures.heat_map(overall, by_class, names, seen.spec.stages), behind)  # fmt: skip
+
+    rows, counts, _ = facts.distinct(policies)
+    covered = facts.coverage(counts)
+    behind = page.table(
+        ["rank", "images", "covered", "blocks", "policy"],
+        [[i + 1, int(counts[i]), f"{covered[i]:.1%}", int(rows[i].sum()),
+          "".join(map(str, rows[i].astype(int)))] for i in range(min(20, len(rows)))],
+    )  # fmt: skip
+    half = int(np.searchsorted(covered, 0.5)) + 1
+    report.add("policies", "Distinct policies",
+        f"{len(rows)} in all; the {half} most frequent cover half of the images.",
+        figures.policies(counts, covered), behind)  # fmt: skip
+
+    numbers, counts, accuracies = facts.accuracy_by_blocks(policies, seen.correct)
+    behind = page.table(
+        ["blocks", "images", "accuracy"],
+        [[int(n), int(c), f"{a:.1%}"] for n, c, a in zip(numbers, counts, accuracies, strict=True)],
+    )  # fmt: skip
+    report.add("accuracy_by_blocks", "Accuracy by blocks kept",
+        "Images that get more blocks are the harder ones. The size of a dot grows with their "
+        "number.", figures.by_blocks(numbers, counts, accuracies), behind)  # fmt: skip
+
+    ours = facts.accuracy_by_class(seen.correct, labels, classes)
+    full = facts.accuracy_by_class(seen.full_correct, labels, classes)
+    behind = page.table(
+        ["class", "accuracy", "full ResNet"],
+        [[names[i], percent(ours[i]), percent(full[i])]
+         for i in range(classes) if not np.isnan(ours[i])],
+    )  # fmt: skip
+    report.add("classes", "Which classes gain and lose",
+        "Against the same weights with every block kept; beside the name the class's accuracy.",
+        figures.class_change(ours, full, names), behind)  # fmt: skip
+
+
+def published(seen: Seen) -> list[tuple[str, float, float]]:
+    """The paper's points as (label, FLOPs, accuracy); FLOPs from mean blocks if need be."""
+    mean = float(seen.per_block.mean())
+    return [
+        (label, flops or seen.fixed + blocks * mean, accuracy)
+        for label, blocks, flops, accuracy in PUBLISHED.get(seen.spec.name, [])
+    ]
+
+
+def add_trade_off(report: Report, all_seen: list[Seen], args) -> None:
+    first = all_seen[0]
+    full = base_accuracy(first)
+    points = [("full ResNet", "full", first.full_flops(), full)] if full else []
+    points += [(seen.kind, seen.folder.name, seen.flops, seen.accuracy) for seen in all_seen]
+    points += [("published", *point) for point in published(first)]
+    behind = page.table(
+        ["", "kind", "accuracy", "FLOPs/img"],
+        [[label, kind, f"{accuracy:.2%}", f"{cost:.3g}"] for kind, label, cost, accuracy in points],
+    )  # fmt: skip
+    report.add("trade_off", "Accuracy and FLOPs",
+        "A multiply-add counts two; policy networks and gates are included. Published points "
+        "without FLOPs are placed by their mean number of blocks.",
+        figures.trade_off(points, "FLOPs an image"), behind)  # fmt: skip
+    if not args.time:
+        return
+    points = []
+    for seen in all_seen:
+        times = seen.subject.time(seen.test, seen.test.batch_size)
+        ms = times["ms_per_image"]
+        if seen is first and full:
+            points.append(("full ResNet", "full", ms * times["speed_up"], full))
+        points.append((seen.kind, seen.folder.name, ms, seen.accuracy))
+    behind = page.table(
+        ["", "kind", "accuracy", "ms/img"],
+        [[label, kind, f"{accuracy:.2%}", f"{cost:.3f}"] for kind, label, cost, accuracy in points],
+    )  # fmt: skip
+    report.add("time", "Accuracy and time",
+        f"Milliseconds an image, networks deployed, batch {first.test.batch_size}.",
+        figures.trade_off(points, "milliseconds an image"), behind)  # fmt: skip
+
+
+def base_accuracy(seen: Seen) -> float | None:
+    """The base ResNet's accuracy; None for ConvNet-AIG, and where there is no base."""
+    if seen.spec.gated:
+        return None
+    args = argparse.Namespace(**vars(seen.subject.args) | {"load": None})
+    try:
+        base = Subject(args, seen.spec)
+    except UserError:
+        return None
+
+    def step(images: Tensor, labels: Tensor):
+        return {"correct": base.run(images)[0].argmax(1) == labels}
+
+    tally = engine.evaluate(step, seen.test, args.precision, "the full ResNet")
+    return tally["correct"].double().mean().item()
+
+
+def add_curves(report: Report, seen: Seen) -> None:
+    metrics = seen.folder / "metrics.jsonl"
+    if metrics.exists():
+        given = checkpoint.read(seen.path).get("args", {})
+        end = curriculum_end(given, seen.spec.num_blocks) if "cl_step" in given else None
+        figure = figures.curves(facts.training_curves(metrics), end)
+        report.add("curves", "Training", "Figures over epochs.", figure)
+
+
+def curriculum_end(given: dict, num_blocks: int) -> int:
+    """The first epoch in which all blocks are learned, by the options of a stage-1 run."""
+    pace = given["cl_step"], given.get("cl_every", 1), given.get("cl_blocks", 1)
+    epochs = range(1, given["max_epochs"])
+    return next((e for e in epochs if utils.curriculum_step(e, *pace) >= num_blocks), len(epochs))
+
+
+def main() -> None:
+    args = parse_args()
+    engine.device.keep_freed_memory()
+    all_seen = [Seen(path, args) for path in args.load]
+    seen = all_seen[0]
+    names = seen.test.class_names
+    classes = chosen_classes(args, names)
+
+    report = Report(args.out)
+    add_paths(report, seen, classes, names, args)
+    add_easy_and_hard(report, seen, classes, names, args)
+    add_statistics(report, seen, names)
+    add_trade_off(report, all_seen, args)
+    add_curves(report, seen)
+    blocks = seen.policies.sum(1)
+    head = page.table(
+        ["", "accuracy", "blocks", "FLOPs/img", "policies", "images"],
+        [[seen.folder.name, f"{seen.accuracy:.2%}",
+          f"{blocks.mean():.2f} ± {blocks.std():.2f} of {seen.spec.num_blocks}",
+          f"{seen.flops:.3g}", len(facts.distinct(seen.policies)[0]), len(blocks)]],
+    )  # fmt: skip
+    part = f", --subset {args.subset}: the first images only" if args.subset else ""
+    source = f"<code>{html.escape(str(seen.path))}</code>, {seen.kind}{part}"
+    head = f'<p class="soft">{source}</p>{head}'
+    print(report.write(f"{seen.spec.name}: what the policy has learned", head))
+
+
+if __name__ == "__main__":
+    engine.run_script(main)
