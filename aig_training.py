@@ -120,6 +120,7 @@ def log(run: engine.Run, split: str, outcome) -> None:
     run.log_rates(split, policies.double().mean(0))
     if split == "test":
         labels = outcome["label"]
+        run.log_kept(policies, labels)
         by_class = [policies[labels == c].double().mean(0) for c in labels.unique()]
         run.metrics["test_rates_by_class"] = [[round(r, 4) for r in rates.tolist()]
                                               for rates in by_class]  # fmt: skip

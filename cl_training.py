@@ -78,7 +78,7 @@ def test_step(
     """What becomes of a batch under the most probable policies of this step of the curriculum."""
     policy = utils.force_on(utils.most_probable(policy_net(images)[0]), mask)
     reward, correct = utils.reward(resnet(images, policy), labels, policy, args.penalty)
-    return {"policy": policy, "reward": reward, "correct": correct}
+    return {"policy": policy, "reward": reward, "correct": correct, "label": labels}
 
 
 def main() -> None:
@@ -113,6 +113,7 @@ def main() -> None:
                 step = partial(test_step, policy_net, resnet, mask=mask, args=now)
                 outcome = run.evaluate(step, test)
                 run.log_policies("test", *utils.performance_stats(*outcome.of_policies()))
+                run.log_kept(outcome["policy"], outcome["label"])
                 run.save_evaluated()
 
 

@@ -139,7 +139,7 @@ def test_step(decide: Callable, resnet: nn.Module, images: Tensor, labels: Tenso
     """What becomes of a batch under the policies that `decide(images)` gives."""
     policy = decide(images)
     reward, correct = utils.reward(resnet(images, policy), labels, policy, args.penalty)
-    return {"policy": policy, "reward": reward, "correct": correct}
+    return {"policy": policy, "reward": reward, "correct": correct, "label": labels}
 
 
 def main() -> None:
@@ -193,6 +193,7 @@ def main() -> None:
                     run.recalibrate(lambda x: resnet(x, policies(x)), resnet, train)
                 outcome = run.evaluate(partial(test_step, policies, resnet, args=now), test)
                 run.log_policies("test", *utils.performance_stats(*outcome.of_policies()))
+                run.log_kept(outcome["policy"], outcome["label"])
                 run.save_evaluated()
 
 

@@ -35,6 +35,8 @@ HINTS = {
     3: "go on from it with aig_training.py",
 }
 
+PIXELS = 8  # a block's side in TensorBoard's picture of keep rates
+
 # options that a resumed run may well be given anew
 FREE_OPTIONS = {
     "load",
@@ -322,6 +324,22 @@ class Run:
         self.metrics[f"{split}_rates"] = [round(rate, 4) for rate in rates.tolist()]
         for k, rate in enumerate(rates.tolist() if ranks.is_main() else []):
             self.writer.add_scalar(f"{split}_rate/block_{k:02d}", rate, self.metrics["epoch"])
+
+    def log_kept(self, policies: torch.Tensor, labels: torch.Tensor) -> None:
+        """Show in TensorBoard how often blocks are kept, by class, and how many an image keeps.
+
+        policies: (N, K), labels: (N,). The picture has the blocks from left to right, all images
+        in its first row and then one class a row, black for never and white for always.
+        """
+        if not ranks.is_main():
+            return
+        classes = labels.unique() if labels.max() < 100 else labels[:0]
+        groups = [policies, *(policies[labels == label] for label in classes)]
+        rates = torch.stack([group.double().mean(0) for group in groups])
+        picture = rates.repeat_interleave(PIXELS, 0).repeat_interleave(PIXELS, 1)
+        epoch = self.metrics["epoch"]
+        self.writer.add_image("test_keep_rates", picture.numpy(), epoch, dataformats="HW")
+        self.writer.add_histogram("test_blocks", policies.long().sum(1).numpy(), epoch)
 
     def save_evaluated(self) -> None:
         """Write the named checkpoint of an epoch whose test figures were logged."""

@@ -100,7 +100,9 @@ def test_stage_1_writes_what_users_expect(run, common, base_file, tmp_path):
     assert "test_accuracy" not in metrics(tmp_path)[0]
     assert "batch_size: 40" in (tmp_path / "args.txt").read_text()
     assert "--batch_size 40" in (tmp_path / "command.txt").read_text()
-    assert list((tmp_path / "log").glob("events.*"))
+    (events,) = (tmp_path / "log").glob("events.*")
+    for tag in (b"test_accuracy", b"test_keep_rates", b"test_blocks"):
+        assert tag in events.read_bytes()
 
 
 def test_curriculum_forces_blocks_in_training_and_evaluation(run, common, base_file, tmp_path):
