@@ -14,15 +14,15 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.8rem 0 .4rem; }
 p { margin: .4rem 0 .8rem; max-width: 44rem; }
 .soft { color: var(--soft); }
-nav { margin: 1rem 0; line-height: 1.9; }
-nav a { margin-right: 1rem; white-space: nowrap; }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0; }
 .scroll { overflow-x: auto; }
 img { display: block; max-width: 100%; height: auto; }
-@media (max-width: 40rem) { .wide img { max-width: none; width: 44rem; } }
+@media (max-width: 40rem) { .wide img { max-width: none; width: 40rem; } }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
-th { font-weight: 600; white-space: nowrap; }
+th, td { white-space: nowrap; }
+th { font-weight: 600; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; color: #0550ae; }
 code { font-size: .88em; overflow-wrap: anywhere; }
