@@ -27,6 +27,7 @@ def number(kind: type, accepts: Callable[[float], bool], needed: str) -> Callabl
 
 count = number(int, lambda n: n >= 1, "a whole number of 1 or more")
 amount = number(int, lambda n: n >= 0, "a whole number of 0 or more")
+side = number(int, lambda n: n >= 64, "a whole number of 64 or more")
 positive = number(float, lambda v: 0 < v < float("inf"), "a number above 0")
 weight = number(float, lambda v: 0 <= v < float("inf"), "a number of 0 or more")
 finite = number(float, lambda v: abs(v) < float("inf"), "a finite number")
@@ -59,7 +60,7 @@ def parser(description: str, model: str = "R110_C10") -> Parser:
         help="evaluate on the last N training images (ImageNet: N drawn once) and leave them out "
         "of training",
     )
-    add("--image_size", type=count, help="side of the pictures of a _Folder model (default: 224)")
+    add("--image_size", type=side, help="side of the pictures of a _Folder model (default: 224)")
     add(
         "--skip_data_check",
         action="store_true",

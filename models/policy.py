@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .resnet import BasicBlock, CifarResNet, ImageNetResNet, ResNet
 
@@ -36,9 +37,16 @@ class CifarPolicy(PolicyNet):
         super().__init__(CifarResNet((1, 1, 1), None), num_blocks, nn.Identity())
 
 
+class Halve(nn.Module):
+    """2x2 average pooling, 224 -> 112; smaller pictures stay, or too little would be left."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2) if min(x.shape[-2:]) > 112 else x
+
+
 class ImageNetPolicy(PolicyNet):
     """ResNet-10 on the image average-pooled 2x2, 224 -> 112."""
 
     def __init__(self, num_blocks: int):
         features = ImageNetResNet(BasicBlock, (1, 1, 1, 1), None)
-        super().__init__(features, num_blocks, nn.AvgPool2d(2))
+        super().__init__(features, num_blocks, Halve())
