@@ -68,6 +68,41 @@ def onnx_session(resnet: nn.Module, x: torch.Tensor):
     return lambda: session.run(None, feed)
 
 
+class Steered:
+    """A deployed gate that runs as ever and then says what it is told, in order of the batch."""
+
+    def __init__(self, gate, column: torch.Tensor):
+        self.gate, self.column, self.next = gate, column.bool(), 0
+
+    def __call__(self, x):
+        self.gate(x)
+        rows = slice(self.next, self.next + len(x))
+        self.next = (self.next + len(x)) % len(self.column)
+        return self.column[rows]
+
+
+def gated_contenders(net, x, policy, precision) -> tuple[dict, torch.Tensor]:
+    """ConvNet-AIG's, with gates steered to a policy, or free where it is None."""
+    net.always_on = frozenset()
+    fast, _ = models.deploy(net, None, DTYPES[precision])
+    if policy is None:
+        policy = fast(x)[1]
+    else:
+        fast.gates = [Steered(gate, policy[:, k]) for k, gate in enumerate(fast.gates)]
+    autocast = partial(engine.device.autocast, x.device, precision)
+
+    def eager():
+        with torch.no_grad(), autocast():
+            return net.resnet(x)
+
+    calls = {
+        "full, eager": eager,
+        "full, deployed": lambda: fast.resnet(x),
+        "ours, deployed, with gates": lambda: fast(x),
+    }
+    return calls, policy
+
+
 def contenders(resnet, policy_net, x, policy, precision, args) -> tuple[dict, torch.Tensor]:
     """Name -> a call without arguments, for one batch in one precision."""
     dtype = DTYPES[precision]
@@ -109,18 +144,26 @@ def contenders(resnet, policy_net, x, policy, precision, args) -> tuple[dict, to
 
 def rows_of(resnet, policy_net, spec, policy_source, x, precision, args) -> list[dict]:
     """Time one batch in one precision; one row a contender."""
-    calls, policy = contenders(resnet, policy_net, x, policy_source, precision, args)
+    if spec.gated:
+        calls, policy = gated_contenders(resnet, x, policy_source, precision)
+    else:
+        calls, policy = contenders(resnet, policy_net, x, policy_source, precision, args)
     seconds = interleaved(calls, args.repeats, args.budget)
     size = (3, spec.image_size, spec.image_size)
-    fixed, per_block = utils.block_flops(resnet, size)
+    fixed, per_block = utils.block_flops(resnet.resnet if spec.gated else resnet, size)
     full = fixed + per_block.sum().item()
     kept = fixed + (policy.cpu().double() @ per_block).mean().item()
-    with_policy = kept + utils.count_flops(policy_net, size)
+    if spec.gated:
+        gates = resnet.gates
+        decision = sum(utils.count_flops(gate, (gate.fc1.in_features, 1, 1)) for gate in gates)
+    else:
+        decision = utils.count_flops(policy_net, size)
     best_full = min(s for name, s in seconds.items() if name.startswith("full"))
     gflops = conv_gflops(len(x), DTYPES[precision], x.device)
     rows = []
     for name, value in seconds.items():
-        flops = with_policy if "policy net" in name else kept if "ours" in name else full
+        flops = kept if "ours" in name else full
+        flops += decision if "with" in name else 0
         reference = "full, deployed" if "deployed" in name else "full, eager"
         rows.append(
             {
@@ -139,6 +182,19 @@ def rows_of(resnet, policy_net, spec, policy_source, x, precision, args) -> list
     return rows
 
 
+def load(resnet, policy_net, spec, args) -> None:
+    """Put a checkpoint's weights into the networks."""
+    content = checkpoint.read_for(spec, args.load)
+    if spec.gated:
+        models.load_gated(resnet, checkpoint.resnet_weights(content, args.load))
+        return
+    models.load_policy(policy_net, checkpoint.policy_weights(content, args.load))
+    if "resnet" in content:
+        models.load_resnet(resnet, content["resnet"])
+    else:
+        checkpoint.load_base(spec, args.base, resnet, models.load_resnet)
+
+
 def main() -> None:
     args = parse_args()
     spec = engine.named(models.config, args.model)
@@ -147,13 +203,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     resnet, policy_net = models.build(args.model)
     if args.load:
-        content = checkpoint.read_for(spec, args.load)
-        models.load_policy(policy_net, checkpoint.policy_weights(content, args.load))
-        if "resnet" in content:
-            models.load_resnet(resnet, content["resnet"])
-        else:
-            checkpoint.load_base(spec, args.base, resnet, models.load_resnet)
-    for network in (resnet, policy_net):
+        load(resnet, policy_net, spec, args)
+    for network in filter(None, (resnet, policy_net)):
         engine.device.place(network, device).eval()
     facts = machine()
     print(json.dumps(facts))

@@ -74,9 +74,9 @@ def decode(path: str) -> Tensor:
     if path.lower().endswith((".jpg", ".jpeg", ".png")):
         data = read_file(path)
         # libjpeg fills what is missing of a truncated file with gray and only warns
-        if not path.lower().endswith(".png") and bytes(data[:2]) == b"\xff\xd8":
-            if b"\xff\xd9" not in bytes(data[-64:]):
-                raise ValueError("truncated")
+        content = memoryview(data.numpy())
+        if content[:2] == b"\xff\xd8" and b"\xff\xd9" not in bytes(content[-64:]):
+            raise ValueError("truncated")
         return decode_image(data, mode=ImageReadMode.RGB)
     from PIL import Image
 
