@@ -1,5 +1,6 @@
 # make demo: the whole method on real CIFAR-10, on a CPU, within 15 minutes
 # make test: style and tests
+# make reproduce MODEL=R32_C10: the chain of trainings behind the README's results, hours
 # Both set up everything they need in .venv first.
 
 PYTHON ?= python3
@@ -10,7 +11,9 @@ PRECISION ?= $(shell grep -qs bf16 /proc/cpuinfo && echo bf16 || echo fp32)
 DEMO := cv/demo
 FLAGS := --model R32_C10 --precision $(PRECISION)
 
-.PHONY: demo test clean-demo
+MODEL ?= R32_C10
+
+.PHONY: demo test reproduce clean-demo
 
 $(VENV)/run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +40,9 @@ demo: $(VENV)/run clean-demo
 
 clean-demo:
 	rm -rf $(DEMO)
+
+reproduce: $(VENV)/run
+	PYTHON=$(RUN) PRECISION=$(PRECISION) sh recipes/$(MODEL).sh
 
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,24 @@
+#!/bin/sh
+# All stages on a folder of pictures, here CIFAR-10 written out as PNG files: a quarter of an hour
+# on two cores. The base starts from nothing, so that it runs without torchvision's weights; with
+# pictures of your own leave --from_scratch, --policy_init and --image_size out.
+MODEL=R18_Folder
+. recipes/common.sh
+PICTURES=$OUT/pictures
+[ -d "$PICTURES" ] || "$PYTHON" recipes/write_folder.py "$PICTURES" 1000 100
+GIVEN="--data_dir $PICTURES --image_size 64"
+
+stage base pretrain $GIVEN --from_scratch --max_epochs 12 --batch_size 64 --lr 0.05 --block_drop 0.2
+BASE=$(base_of base)
+stage stage1 cl_training $GIVEN --base "$BASE" --policy_init none --max_epochs 10 \
+    --batch_size 64 --alpha_end 0.95 --schedule cosine
+stage stage2 finetune $GIVEN --base "$BASE" --pretrained "$OUT/stage1/last.t7" --max_epochs 4 \
+    --batch_size 64 --resnet_lr 0.005 --schedule cosine --recalibrate
+
+profile full $GIVEN --base "$BASE" --batch_size 100 --time
+profile stage1 $GIVEN --base "$BASE" --load "$OUT/stage1" --batch_size 100 --time
+profile stage2 $GIVEN --load "$OUT/stage2" --batch_size 100 --time
+"$PYTHON" benchmarks/summary.py "full=$OUT/full.json" "stage 1=$OUT/stage1.json" \
+    "stage 2=$OUT/stage2.json"
+"$PYTHON" visualize.py $GIVEN --base "$BASE" --load "$OUT/stage2" --out "$OUT/report" \
+    --precision "$PRECISION" --batch_size 100
