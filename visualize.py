@@ -142,7 +142,9 @@ class Report:
         with engine.about(path):
             figure.savefig(path, dpi=160)
         figures.plt.close(figure)
-        self.sections.append((name, title, page.section(name, title, text, path, behind)))
+        is_wide = figure.get_figwidth() > 7
+        content = page.section(name, title, text, path, behind, is_wide)
+        self.sections.append((name, title, content))
 
     def write(self, title: str, head: str) -> Path:
         path = self.out / "report.html"

@@ -97,7 +97,7 @@ def easy_hard(rows, examples: int) -> Figure:
 def distribution(groups: Sequence[ndarray], names: Sequence[str], num_blocks: int) -> Figure:
     """Blocks kept, by class: quartiles as a box, the mean as a dot, 2 to 98 % as whiskers."""
     order = sorted((i for i in range(len(names)) if len(groups[i])), key=lambda i: groups[i].mean())
-    figure, ax = plt.subplots(figsize=(8, 0.3 * len(order) + 1.1))
+    figure, ax = plt.subplots(figsize=(6.5, 0.3 * len(order) + 1.1))
     boxes = ax.boxplot(
         [groups[i] for i in order], orientation="horizontal", whis=(2, 98), showfliers=False,
         showmeans=True, patch_artist=True, widths=0.6,
@@ -162,7 +162,7 @@ def class_change(ours: ndarray, full: ndarray, names: Sequence[str]) -> Figure:
     known = [i for i in range(len(names)) if not np.isnan(ours[i])]
     order = sorted(known, key=lambda i: ours[i] - full[i])
     change = [100 * (ours[i] - full[i]) for i in order]
-    figure, ax = plt.subplots(figsize=(7, 0.28 * len(order) + 1.1))
+    figure, ax = plt.subplots(figsize=(6.5, 0.28 * len(order) + 1.1))
     ax.barh(range(len(order)), change, color=[BLUE if c >= 0 else ORANGE for c in change])
     ax.axvline(0, color="black", linewidth=1)
     ax.set_yticks(range(len(order)), [f"{names[i]}  {ours[i]:.1%}" for i in order])
@@ -182,7 +182,7 @@ MARKERS = {
 
 def trade_off(points, unit: str) -> Figure:
     """Accuracy against cost. points: (kind, label, cost, accuracy), kinds as in MARKERS."""
-    figure, ax = plt.subplots(figsize=(8, 4.2))
+    figure, ax = plt.subplots(figsize=(6.5, 4))
     for kind, (marker, colour) in MARKERS.items():
         chosen = [(cost, accuracy) for k, _, cost, accuracy in points if k == kind]
         if chosen:

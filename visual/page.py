@@ -17,6 +17,7 @@ p { margin: .4rem 0 .8rem; max-width: 44rem; }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0; }
 .scroll { overflow-x: auto; }
 img { display: block; max-width: 100%; height: auto; }
+.wide img { width: 100%; }
 @media (max-width: 40rem) { .wide img { max-width: none; width: 40rem; } }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); }
@@ -42,13 +43,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
-def section(name: str, title: str, text: str, picture: Path, figures: str = "") -> str:
-    """A heading, what the picture shows, the picture, and the figures behind it."""
+def section(
+    name: str, title: str, text: str, picture: Path, figures: str = "", is_wide: bool = False
+) -> str:
+    """A heading, what the picture shows, the picture, and the figures behind it.
+
+    On a phone a wide picture is moved sideways, where others are made to fit.
+    """
+    kind = "scroll wide" if is_wide else "scroll"
     data = base64.b64encode(picture.read_bytes()).decode()
     behind = f"<details><summary>Figures</summary>{figures}</details>" if figures else ""
     return (
         f'<section id="{name}"><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>'
-        f'<div class="scroll wide"><img alt="{html.escape(title)}" '
+        f'<div class="{kind}"><img alt="{html.escape(title)}" '
         f'src="data:image/png;base64,{data}"></div>{behind}</section>'
     )
 
