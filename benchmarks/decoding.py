@@ -34,6 +34,7 @@ def parse_args() -> argparse.Namespace:
 def contenders() -> dict:
     """Name -> a function of a file's path."""
     from PIL import Image
+    from torchcodec.decoders import decode_image
     from torchvision import transforms
     from torchvision.io import ImageReadMode, decode_jpeg, read_file
     from torchvision.transforms import v2
@@ -60,8 +61,11 @@ def contenders() -> dict:
         "PIL, floats (the usual recipe)": lambda path: tensor(pil(path)),
         "PIL, bytes": lambda path: torch.from_numpy(np.array(pil(path))),
         "PIL with draft, bytes": pil_draft,
-        "torchvision.io": lambda path: crop_v2(decode_jpeg(read_file(path), ImageReadMode.RGB)),
-        "ours: torchvision.io, checked": ours,
+        "torchcodec": lambda path: crop_v2(decode_image(path)),
+        "torchvision.io (deprecated)": lambda path: crop_v2(
+            decode_jpeg(read_file(path), ImageReadMode.RGB)
+        ),
+        "ours: torchcodec, checked": ours,
     }
     try:
         import cv2

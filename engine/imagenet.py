@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -69,19 +70,16 @@ class Pictures(Dataset):
 
 def decode(path: str) -> Tensor:
     """A picture file as uint8 (3, H, W); gray, palette and transparent ones become RGB."""
-    from torchvision.io import ImageReadMode, decode_image, read_file
+    if not path.lower().endswith((".jpg", ".jpeg", ".png")):
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    from torchcodec.decoders import decode_image  # slow to import, and CIFAR does without
 
-    if path.lower().endswith((".jpg", ".jpeg", ".png")):
-        data = read_file(path)
-        # libjpeg fills what is missing of a truncated file with gray and only warns
-        content = memoryview(data.numpy())
-        if content[:2] == b"\xff\xd8" and b"\xff\xd9" not in bytes(content[-64:]):
-            raise ValueError("truncated")
-        return decode_image(data, mode=ImageReadMode.RGB)
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    data = Path(path).read_bytes()
+    # libjpeg fills what a truncated file lacks with gray and only warns
+    if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-64:]:
+        raise ValueError("truncated")
+    return decode_image(data)
 
 
 class Rows:
