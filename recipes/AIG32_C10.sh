@@ -1,0 +1,11 @@
+#!/bin/sh
+# ConvNet-AIG beside BlockDrop's R32_C10, from the same base ResNet (R32_C10.sh).
+MODEL=AIG32_C10
+. recipes/common.sh
+BASE=${BASE:-$(echo cv/pretrained/R32_C10/pk_E_*_A_*.t7)}
+
+for target in 0.6 0.4; do
+    stage "target$target" aig_training --pretrained "$BASE" --target $target --max_epochs 24 \
+        --batch_size 128 --lr 0.05 --schedule cosine
+    profile "target$target" --load "$OUT/target$target" --time
+done
