@@ -134,10 +134,10 @@ def main() -> None:
         train, test = engine.data.load(spec, args, run.device)
         net, _ = models.build(args.model, spec.num_classes)
         if args.pretrained and not args.load:
-            start = engine.checkpoint.read(args.pretrained)
-            with engine.about(args.pretrained):
-                weights = engine.checkpoint.resnet_weights(start, args.pretrained)
-                models.load_ungated(net, weights)
+            path = engine.checkpoint.find_base(args.model, args.pretrained)
+            start = engine.checkpoint.read(path)
+            with engine.about(path):
+                models.load_ungated(net, engine.checkpoint.resnet_weights(start, path))
         net.set_targets(targets.tolist())
         run.place(net)
         run.extras["targets"] = targets.tolist()

@@ -21,7 +21,7 @@ def parse_args():
     add("--beta_end", type=options.weight, help="beta moves there in a line until the last epoch")
     add("--cl_step", type=options.count, default=1, help="blocks learned in the first epoch")
     add("--cl_every", type=options.count, default=1, help="epochs until more blocks are learned")
-    add("--cl_blocks", type=options.count, default=1, help="blocks that are then learned more")
+    add("--cl_blocks", type=options.count, default=1, help="blocks added each time")
     add(
         "--policy_init",
         default="resnet18",

@@ -29,14 +29,14 @@ def parse_args():
         type=options.positive,
         help="train the ResNet by SGD with momentum at this rate, as pretrain.py does, not by Adam",
     )
-    add("--resnet_wd", type=options.weight, default=5e-4, help="weight decay of that SGD")
+    add("--resnet_wd", type=options.weight, default=5e-4, help="weight decay under --resnet_lr")
     add(
         "--distill",
         type=options.fraction,
         default=0.0,
         help="weight of learning the classes from the full base ResNet, out of 1 with the labels",
     )
-    add("--temperature", type=options.positive, default=2.0, help="that softens its classes")
+    add("--temperature", type=options.positive, default=2.0, help="of the softmax in distillation")
     add(
         "--recalibrate",
         action="store_true",

@@ -43,8 +43,8 @@ def drop_blocks(noise: Tensor, last: float) -> Tensor:
 def load_start(resnet: models.ResNet, spec, args) -> None:
     """The weights to start from; a folder of pictures has a classifier of its own."""
     if args.pretrained:
-        content = engine.checkpoint.read(args.pretrained)
-        state = engine.checkpoint.resnet_weights(content, args.pretrained)
+        path = engine.checkpoint.find_base(args.model, args.pretrained)
+        state = engine.checkpoint.resnet_weights(engine.checkpoint.read(path), path)
     elif spec.dataset == "Folder" and not args.from_scratch:
         way_out = "name a file with --pretrained, or start with --from_scratch"
         state = engine.published.resnet(spec.depth, way_out)

@@ -137,9 +137,9 @@ def find_base(model: str, given: str | None, is_published: bool = False) -> Path
     None where there is none but torchvision publishes one. Raises UserError, saying how to get
     one, when there is none at all or a choice is needed.
     """
-    if given is not None:
+    if given is not None and not is_pretrained_directory(Path(given)):
         return Path(given)
-    folder = base_directory(model)
+    folder = Path(given or base_directory(model))
     found = sorted(folder.glob("pk_E_*_A_*.t7"))
     if not found and is_published:
         return None
@@ -152,6 +152,11 @@ def find_base(model: str, given: str | None, is_published: bool = False) -> Path
         names = ", ".join(path.name for path in found)
         raise UserError(f"several ResNets in {shown(folder)} ({names}): choose with --base")
     return found[0]
+
+
+def is_pretrained_directory(path: Path) -> bool:
+    """Whether a directory holds pretrained ResNets and no run."""
+    return path.is_dir() and not (path / LAST).exists()
 
 
 def keep_base(folder: str | Path) -> None:

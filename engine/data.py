@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checkpoint, cifar, imagenet
+from . import checkpoint, cifar, imagenet, ranks
 from .device import derived_seed
 from .errors import UserError, named
 from .part import Part, parts
@@ -124,7 +124,8 @@ def load(
     """
     if spec.dataset in ("ImageNet", "Folder"):
         return imagenet.load(spec, args, device, training)
-    arrays = cifar.load(spec.dataset, args.data_dir, check=not args.skip_data_check)
+    with ranks.main_first():  # who may have to fetch it
+        arrays = cifar.load(spec.dataset, args.data_dir, check=not args.skip_data_check)
     train = arrays["train_images"], arrays["train_labels"]
     test = arrays["test_images"], arrays["test_labels"]
     if args.val_split:

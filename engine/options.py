@@ -51,7 +51,7 @@ def parser(description: str, model: str = "R110_C10") -> Parser:
     add("--model", default=model, help="network and data set, such as R110_C10")
     add("--data_dir", default="data/", help="where the data set is, or is to be downloaded to")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic; bf16 autocasts")
-    add("--seed", type=amount, default=0, help="of every random choice")
+    add("--seed", type=amount, default=0, help="seed of all random numbers")
     add("--subset", type=count, help="train and evaluate on the first N images, for a quick look")
     add(
         "--val_split",

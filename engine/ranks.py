@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,16 @@ def is_main() -> bool:
 def was_restarted() -> bool:
     """Whether torchrun restarted this process after another had failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Have rank 0 do something before the others do it."""
+    if world() > 1 and not is_main():
+        dist.barrier()
+    yield
+    if world() > 1 and is_main():
+        dist.barrier()
 
 
 def gather(value: object) -> list:

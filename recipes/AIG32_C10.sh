@@ -1,8 +1,9 @@
 #!/bin/sh
-# ConvNet-AIG beside BlockDrop's R32_C10, from the same base ResNet (R32_C10.sh).
+# ConvNet-AIG beside BlockDrop's R32_C10: its blocks start from the same base ResNet, the
+# convolutions in its shortcuts and its gates from nothing.
 MODEL=AIG32_C10
 . recipes/common.sh
-BASE=${BASE:-$(echo cv/pretrained/R32_C10/pk_E_*_A_*.t7)}
+BASE=${BASE:-cv/pretrained/R32_C10}
 
 for target in 0.6 0.4; do
     stage "target$target" aig_training --pretrained "$BASE" --target $target --max_epochs 24 \

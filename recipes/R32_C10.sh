@@ -1,5 +1,5 @@
 #!/bin/sh
-# The checkpoints of R32_C10 that come with this repository, from nothing.
+# All stages of R32_C10 from nothing.
 MODEL=R32_C10
 . recipes/common.sh
 
@@ -7,10 +7,10 @@ MODEL=R32_C10
 # blocks, and weaker, for the accuracy of the full network.
 stage plain pretrain --max_epochs 42 --batch_size 256 --lr 0.4
 stage depth pretrain --max_epochs 36 --batch_size 128 --lr 0.1 --block_drop 0.4 \
-    --pretrained "$(base_of plain)"
+    --pretrained "$OUT/plain"
 stage base pretrain --max_epochs 40 --batch_size 128 --lr 0.1 --block_drop 0.25 \
-    --pretrained "$(base_of depth)"
-BASE=$(base_of base)
+    --pretrained "$OUT/depth"
+BASE=$OUT/base
 
 stage stage1 cl_training --base "$BASE" --max_epochs 18 --batch_size 256 --penalty -1 \
     --samples 2 --alpha_end 0.95 --beta_end 0.01 --schedule cosine

@@ -3,7 +3,7 @@
 # Run R32_C10.sh first, or name its results with OUT.
 MODEL=R32_C10
 . recipes/common.sh
-BASE=$(base_of base)
+BASE=$OUT/base
 TRAIN="--max_epochs 18 --resnet_lr 0.05 --distill 0.5 --schedule cosine --recalibrate"
 POLICY="--pretrained $OUT/stage1/last.t7 --lr 3e-4 --alpha_end 0.98"
 

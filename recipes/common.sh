@@ -1,4 +1,5 @@
-# What the recipes share. A recipe goes on where it was interrupted when it is run again.
+# What the recipes share. They are run from the repository's root, by `make reproduce MODEL=...`, and
+# go on where they were interrupted when they are run again.
 set -eu
 PYTHON=${PYTHON:-python}
 # bfloat16 halves the time where the processor multiplies it in hardware, and only there
@@ -21,7 +22,3 @@ profile() {
     "$PYTHON" test.py --model "$MODEL" --precision "$PRECISION" --json "$OUT/$name.json" "$@"
 }
 
-# the one ResNet that a pretrain stage left
-base_of() {
-    echo "$OUT/$1"/pk_E_*_A_*.t7
-}

@@ -5,11 +5,15 @@
 MODEL=R18_Folder
 . recipes/common.sh
 PICTURES=$OUT/pictures
-[ -d "$PICTURES" ] || "$PYTHON" recipes/write_folder.py "$PICTURES" 1000 100
+if [ ! -d "$PICTURES" ]; then
+    rm -rf "$PICTURES.part"
+    "$PYTHON" recipes/write_folder.py "$PICTURES.part" 1000 100
+    mv "$PICTURES.part" "$PICTURES"
+fi
 GIVEN="--data_dir $PICTURES --image_size 64"
 
 stage base pretrain $GIVEN --from_scratch --max_epochs 12 --batch_size 64 --lr 0.05 --block_drop 0.2
-BASE=$(base_of base)
+BASE=$OUT/base
 stage stage1 cl_training $GIVEN --base "$BASE" --policy_init none --max_epochs 10 \
     --batch_size 64 --alpha_end 0.95 --schedule cosine
 stage stage2 finetune $GIVEN --base "$BASE" --pretrained "$OUT/stage1/last.t7" --max_epochs 4 \

@@ -10,12 +10,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine import cifar, run_script  # noqa: E402
+from engine import UserError, cifar, run_script  # noqa: E402
 
 SIDE = 64
 
 
 def main() -> None:
+    if len(sys.argv) != 4 or not all(count.isdigit() for count in sys.argv[2:]):
+        raise UserError("expected FOLDER TRAIN VAL: a folder and two numbers of pictures a class")
     folder, *counts = sys.argv[1:]
     arrays = cifar.load("CIFAR10", "data/")
     for split, source, count in zip(("train", "val"), ("train", "test"), counts, strict=True):
