@@ -12,7 +12,7 @@ from torch import Tensor
 import engine
 import models
 import utils
-from engine import options
+from engine import UserError, options
 from subject import Subject
 
 
@@ -58,6 +58,9 @@ def main() -> None:
     args = parse_args()
     spec = engine.data.spec_of(models.config, args)
     engine.ranks.start()
+    if args.time and engine.ranks.world() > 1:
+        raise UserError("--time measures one process: run it without torchrun")
+    engine.device.seed_everything(args.seed)
     engine.device.keep_freed_memory()
     subject = Subject(args, spec)
     if spec.gated:

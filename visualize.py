@@ -82,7 +82,9 @@ class Seen:
         cache = file.with_suffix(".predictions.pt")
         networks = filter(None, (self.subject.resnet, self.subject.policy_net))
         key = [checkpoint.fingerprint(network) for network in networks]
-        key += [self.test.fingerprint(), self.subject.args.precision]
+        key += [self.test.fingerprint(), self.subject.args.precision, self.subject.static.tolist()]
+        key += [self.spec.image_size, list(self.spec.mean), list(self.spec.std)]
+        key += [sorted(self.subject.resnet.always_on)] if self.spec.gated else []
         try:
             content = checkpoint.read(cache)
         except UserError:  # none yet, or a damaged one

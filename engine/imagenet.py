@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from . import stopping
 from .checkpoint import digest
 from .device import derived_seed
 from .errors import UserError
@@ -77,9 +79,25 @@ def decode(path: str) -> Tensor:
 
     data = Path(path).read_bytes()
     # libjpeg fills what a truncated file lacks with gray and only warns
-    if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-64:]:
+    if data[:2] == SOI and not is_whole(data):
         raise ValueError("truncated")
     return decode_image(data)
+
+
+SOI, EOI, SOS = b"\xff\xd8", b"\xff\xd9", 0xDA  # JPEG's markers: start and end of image, scan
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether a JPEG file has an end after its first scan; cameras may append more to it."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == SOS:
+            return data.find(EOI, at) >= 0
+        if data[at + 1] == 0xFF:  # padding
+            at += 1
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 class Rows:
@@ -137,7 +155,7 @@ class FolderLoader:
             num_workers=workers,
             prefetch_factor=PREFETCH,
             pin_memory=device.type == "cuda",
-            worker_init_fn=one_thread,
+            worker_init_fn=work,
         )
 
     def __len__(self) -> int:
@@ -163,8 +181,10 @@ class FolderLoader:
         return digest([(path, label, os.path.getsize(path)) for path, label in files])
 
 
-def one_thread(worker: int) -> None:
+def work(worker: int) -> None:
+    """How a worker begins."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, stopping.follow)
 
 
 def classes(path: Path) -> list[str]:

@@ -94,24 +94,35 @@ def recalibrate(
     image keeps what it had.
     """
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    before = [(n.momentum, n.running_mean.clone(), n.running_var.clone()) for n in norms]
+    before = [(n, n.momentum, {k: b.clone() for k, b in n.named_buffers()}) for n in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative mean
     network.train()
-    tally = Tally(loader, epoch, "recalibrating")
-    for images, _, _ in tally:
-        with autocast(images.device, precision):
-            forward(images)
-        tally.bar.update(len(images))
-    network.eval()
-    for norm, (momentum, mean, var) in zip(norms, before, strict=True):
-        norm.momentum = momentum
+    try:
+        tally = Tally(loader, epoch, "recalibrating")
+        for images, _, _ in tally:
+            with autocast(images.device, precision):
+                forward(images)
+            tally.bar.update(len(images))
+    except BaseException:  # a stop saves the network, which has to be as it was
+        for norm, _, buffers in before:
+            restore(norm, buffers)
+        raise
+    finally:
+        network.eval()
+        for norm, momentum, _ in before:
+            norm.momentum = momentum
+    for norm, _, buffers in before:
         batches = ranks.total(norm.num_batches_tracked.double())
         if batches == 0:
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(var)
+            restore(norm, buffers)
         elif ranks.world() > 1:
             share = norm.num_batches_tracked / batches
             norm.running_mean.copy_(ranks.total(norm.running_mean * share))
             norm.running_var.copy_(ranks.total(norm.running_var * share))
+
+
+def restore(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])

@@ -3,10 +3,12 @@
 import argparse
 import fcntl
 import json
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,9 +80,11 @@ class Run:
         self.extras: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
         self.writer: SummaryWriter | None = None
-        goes_on = args.resume or ranks.was_restarted()
-        if goes_on and not args.load and Path(args.cv_dir or cv_dir, checkpoint.LAST).exists():
-            args.load = str(args.cv_dir or cv_dir)
+        source = args.load and Path(args.load)
+        source = source.parent if source and not source.is_dir() else source
+        target = Path(args.cv_dir or source or cv_dir)
+        if (args.resume or ranks.was_restarted()) and (target / checkpoint.LAST).exists():
+            args.load, source = str(target), target
         if args.load:
             self.loaded = checkpoint.read_for(spec, args.load)
             self._check_stage()
@@ -88,13 +92,11 @@ class Run:
             self.steps_done = int(self.loaded.get("steps_done", 0))
             self.partial = dict(self.loaded.get("partial", {}))
             self.extras = {n: self.loaded[n] for n in ("base",) if n in self.loaded}
-            source = Path(args.load)
-            cv_dir = source if source.is_dir() else source.parent
-        self.cv_dir = Path(args.cv_dir or cv_dir)
+            self._check_place_in_epoch()
+        self.cv_dir = target
         self.lock = None
         if ranks.is_main():
-            new = not args.load or self.cv_dir.resolve() != Path(cv_dir).resolve()
-            self._claim_directory(new)
+            self._claim_directory(new=not source or target.resolve() != source.resolve())
         self._tell_changes()
         device.keep_freed_memory()
         device.seed_everything(args.seed, 0)
@@ -104,7 +106,10 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         if error is not None and self.is_trained:
-            self.save_partway()
+            with suppress(UserError):  # such as a full disk, which the error may be about
+                self.save_partway()
+        if self.lock:
+            self.lock.close()
         if self.writer is None:
             return
         self.writer.close()
@@ -126,6 +131,9 @@ class Run:
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """A module whose gradients are averaged over all ranks; see `engine.ranks.wrap`."""
+        if self.args.sync_bn and ranks.world() > 1 and hasattr(module, "execution"):
+            # every rank has to come to every BatchNorm, also where its images drop the block
+            module.execution = "masked"
         self.wrapped.append(ranks.wrap(module, self.args.sync_bn))
         return self.wrapped[-1]
 
@@ -164,6 +172,16 @@ class Run:
                 f"{self.args.load}: {STAGES[stage]} cannot be continued here: {HINTS[stage]}"
             )
 
+    def _check_place_in_epoch(self) -> None:
+        """Refuse, inside an epoch, other batches than those that were done."""
+        before, now = self.loaded.get("args", {}), vars(self.args)
+        for name in ("batch_size", "subset", "val_split", "seed"):
+            if self.steps_done and before.get(name, now[name]) != now[name]:
+                raise UserError(
+                    f"{self.args.load} is inside an epoch of --{name} {before[name]}: go on with "
+                    f"that, or change it from an epoch's end, a ckpt_*.t7"
+                )
+
     def note(self, text: str) -> None:
         """Tell the user something that the results do not show."""
         if ranks.is_main():
@@ -194,6 +212,8 @@ class Run:
                     f"{self.cv_dir}: another run is writing here: wait for it, or choose another "
                     "--cv_dir"
                 ) from None
+            # workers may outlive a killed run for some seconds, and must not hold its place
+            os.register_at_fork(after_in_child=self.lock.close)
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to run, counted from 1; after each, metrics and last.t7 are written."""
@@ -214,9 +234,10 @@ class Run:
             if ranks.is_main():
                 with about(self.cv_dir), open(self.cv_dir / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(self.metrics) + "\n")
+            self.save(checkpoint.LAST)
             self.done, self.steps_done, self.partial = epoch, 0, {}
             self.is_trained = False
-            self.save(checkpoint.LAST)
+            self._stop_if_asked()
 
     def train_epoch(
         self,
@@ -364,7 +385,8 @@ class Run:
         content = {name: cpu(part.state_dict()) for name, part in self.tracked.items()}
         content |= {"model": self.spec.name, "stage": self.stage, "args": vars(self.args)}
         content |= {"epoch": self.metrics.get("epoch", self.done), **self.extras, **figures}
-        checkpoint.write(content, self.cv_dir / name)
+        with stopping.undisturbed():
+            checkpoint.write(content, self.cv_dir / name)
 
     def _open_logs(self) -> None:
         args_file, commands = self.cv_dir / "args.txt", self.cv_dir / "command.txt"

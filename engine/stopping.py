@@ -1,5 +1,7 @@
 """SIGTERM, by which clusters pre-empt a job: stop soon, but at a place that can be gone on from."""
 
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +9,9 @@ from contextlib import contextmanager
 SECONDS_TO_STOP = 8  # clusters kill some time after SIGTERM, often half a minute
 
 _requested = False
-_patient = False
+_undisturbed = False
+# shared with the workers that are forked from here
+_patient = multiprocessing.Value("b", False, lock=False)
 
 
 class Stopped(BaseException):
@@ -15,7 +19,7 @@ class Stopped(BaseException):
 
 
 def listen() -> None:
-    """From now on SIGTERM raises Stopped, at once or, inside `patiently`, after some seconds."""
+    """From now on SIGTERM raises Stopped: at once, or later inside the contexts below."""
     global _requested
     _requested = False
     signal.signal(signal.SIGTERM, on_signal)
@@ -24,10 +28,13 @@ def listen() -> None:
 
 def on_signal(number: int, frame) -> None:
     global _requested
-    if _requested or not _patient:
-        raise Stopped
+    if number == signal.SIGTERM and _requested:
+        return  # a cluster and torchrun may both tell
     _requested = True
-    signal.alarm(SECONDS_TO_STOP)
+    if _undisturbed or (_patient.value and number == signal.SIGTERM):
+        signal.alarm(SECONDS_TO_STOP)
+        return
+    raise Stopped
 
 
 def requested() -> bool:
@@ -37,11 +44,30 @@ def requested() -> bool:
 
 @contextmanager
 def patiently() -> Iterator[None]:
-    """Inside, SIGTERM only sets `requested`, so that a training step can end."""
-    global _patient
-    _patient = True
+    """Inside, SIGTERM only sets `requested`, so that a training step can end, for some seconds."""
+    _patient.value = True
     try:
         yield
     finally:
-        _patient = False
+        _patient.value = False
         signal.alarm(0)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, SIGTERM and its seconds wait until a file is written."""
+    global _undisturbed
+    _undisturbed = True
+    try:
+        yield
+    finally:
+        _undisturbed = False
+
+
+def follow(number: int, frame) -> None:
+    """A worker's answer to SIGTERM, which clusters send to all processes of a job.
+
+    Its end would tear the run out of the step that it may finish; the run ends it soon enough.
+    """
+    if not _patient.value:
+        os._exit(128 + number)

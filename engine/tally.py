@@ -33,10 +33,8 @@ class Tally:
     ):
         self.loader, self.epoch, self.skip = loader, epoch, skip
         # what is known already stands once, though every rank may have read it
-        known = (
-            (results or {}) if ranks.is_main() else {n: t[:0] for n, t in (results or {}).items()}
-        )
-        self.results = {name: [tensor] for name, tensor in known.items()}
+        self.known = {n: t if ranks.is_main() else t[:0] for n, t in (results or {}).items()}
+        self.results: dict[str, list[Tensor]] = {}
         self.seconds = 0.0
         quiet = None if ranks.is_main() else True
         self.bar = tqdm(
@@ -55,7 +53,7 @@ class Tally:
         for name, value in results.items():
             value = value.detach()
             if name == "policy":
-                value = value.to(torch.uint8)
+                value = value.round().to(torch.uint8)
             self.results.setdefault(name, []).append(value)
         if not self.bar.disable:
             self.bar.set_postfix({SHOWN[n]: f"{mean(n, v):.3f}" for n, v in self.results.items()
@@ -76,7 +74,9 @@ class Tally:
 
     def gather(self) -> dict[str, Tensor]:
         """All images' results by name, on the CPU, those of all ranks in the loader's order."""
-        own = {name: [t.cpu() for t in tensors] for name, tensors in self.results.items()}
+        own = {name: [tensor] for name, tensor in self.known.items()}
+        for name, tensors in self.results.items():
+            own.setdefault(name, []).extend(tensor.cpu() for tensor in tensors)
         if ranks.world() == 1:
             return {name: torch.cat(tensors) for name, tensors in own.items()}
         everyones = ranks.gather(own)

@@ -29,7 +29,7 @@ def gumbel_argmax(logits: Tensor, tau: float = 1.0) -> Tensor:
     gumbel = -exponential.clamp(1e-30, 1e30).log()
     soft = ((logits + gumbel) / tau).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # exactly 0 or 1
 
 
 class Gate(nn.Module):
@@ -50,7 +50,15 @@ class Gate(nn.Module):
         """x: (B, C, H, W), the block's input. Returns logits (B, 2), float32 or wider."""
         with torch.autocast(x.device.type, enabled=False):
             pooled = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-            return self.fc2(F.relu(self.fc1bn(self.fc1(pooled))))
+            return self.fc2(F.relu(self.normalise(self.fc1(pooled))))
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """BatchNorm; a single image has no statistics and takes the running ones."""
+        norm = self.fc1bn
+        if len(hidden) > 1 or not self.training:
+            return norm(hidden)
+        running = norm.running_mean, norm.running_var
+        return F.batch_norm(hidden, *running, norm.weight, norm.bias, eps=norm.eps)
 
 
 class GatedResNet(nn.Module):

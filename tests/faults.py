@@ -29,7 +29,8 @@ from conftest import TINY, write_base, write_cifar  # noqa: E402
 
 from engine import UserError, checkpoint  # noqa: E402
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+# without the second, restarted processes meet what those before them left in torchrun's store
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -96,6 +97,14 @@ def ended_alike(a: Path, b: Path) -> bool:
     return same(*contents)
 
 
+def wait_for_epoch(folder: Path) -> None:
+    """Until a run in a directory has finished its first epoch."""
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline, f"no epoch in {folder}"
+        time.sleep(0.01)
+
+
 def kills(bench: Bench, short: bool) -> str:
     """SIGKILL at random moments, last.t7 written as often as can be; then --resume."""
     tries = 1 if short else 20
@@ -128,8 +137,7 @@ def terms(bench: Bench, short: bool) -> str:
         expected, _ = bench.whole(script)
         folder = bench.fresh()
         process = bench.start(script, "--cv_dir", folder)
-        while not (folder / "metrics.jsonl").exists():
-            time.sleep(0.01)
+        wait_for_epoch(folder)
         start = time.monotonic()
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate()
@@ -149,11 +157,10 @@ def workers(bench: Bench, short: bool) -> str:
     process = bench.start("cl_training", "--cv_dir", expected, *options, prefix=pair)
     assert process.wait() == 0, process.communicate()[1]
     process = bench.start("cl_training", "--cv_dir", folder, *options, prefix=pair)
-    while not (folder / "metrics.jsonl").exists():
-        time.sleep(0.01)
+    wait_for_epoch(folder)
     victim = bench.random.choice(children(process.pid))
     os.kill(victim, signal.SIGKILL)
-    _, error = process.communicate()
+    _, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     assert ended_alike(expected, folder)
     return "one worker of two killed, restarted by torchrun, ended bit-identical"
@@ -226,8 +233,7 @@ def hosts(bench: Bench, short: bool) -> str:
         running = [start(expected, *pair) for pair in pairs]
         assert [process.wait() for process in running] == [0, 0], running[0].communicate()[1]
         first, second = (start(folder, *pair) for pair in pairs)
-        while not (folder / "metrics.jsonl").exists():
-            time.sleep(0.01)
+        wait_for_epoch(folder)
         halt(commands[1][3])
         time.sleep(20)  # the others take three missed heartbeats of 5 s to notice
         second = start(folder, *pairs[1])
@@ -247,8 +253,7 @@ def directories(bench: Bench, short: bool) -> str:
     seen = []
     folder = bench.fresh()
     process = bench.start("cl_training", "--cv_dir", folder, "--max_epochs", 1000)
-    while not (folder / "metrics.jsonl").exists():
-        time.sleep(0.01)
+    wait_for_epoch(folder)
     error = bench.run("cl_training", "--cv_dir", folder, "--resume", status=2)
     assert "another run is writing here" in error, error
     process.kill()

@@ -11,7 +11,7 @@ import torch
 
 import engine
 import models
-from engine import UserError, cifar
+from engine import UserError, cifar, imagenet
 from engine.data import TensorLoader
 
 SPEC = models.config("R32_C10")
@@ -265,6 +265,18 @@ def test_a_damaged_picture_is_replaced_in_training_and_stops_an_evaluation(pictu
     assert len(x) == 6 and train.damaged == [str(pictures / "train" / "n01" / "1.JPEG")]
     with pytest.raises(UserError, match="val/n01/1.JPEG: no picture that can be read"):
         list(val.epoch(0))
+
+
+def test_a_picture_with_something_appended_is_whole(pictures):
+    path = pictures / "val" / "n01" / "1.JPEG"
+    before = imagenet.decode(str(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"MotionPhoto" * 50)
+    assert torch.equal(imagenet.decode(str(path)), before)
+    for size in (3, 30, len(whole) // 2, len(whole) - 2):
+        path.write_bytes(whole[:size])
+        with pytest.raises((ValueError, RuntimeError)):
+            imagenet.decode(str(path))
 
 
 def test_odd_kinds_of_pictures_are_read(tmp_path):

@@ -1,13 +1,15 @@
 """Schedules, optimizers and statistics against a closed form or an independent computation."""
 
 import math
+import os
+import signal
 from argparse import Namespace
 
 import pytest
 import torch
 from torch import nn
 
-from engine import loop, optim, schedule
+from engine import loop, optim, schedule, stopping
 
 
 def settings(**given):
@@ -75,3 +77,39 @@ def test_recalibration_takes_the_mean_of_the_batches_statistics():
     torch.testing.assert_close(used.running_var, variances.mean(0))
     assert unused.running_mean.eq(7).all() and unused.running_var.eq(1).all()
     assert used.momentum == 0.1 and not network.training
+
+
+def test_an_interrupted_recalibration_leaves_the_statistics_as_they_were():
+    norm = nn.BatchNorm2d(3)
+    norm(torch.randn(5, 3, 2, 2))
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+
+    def forward(images):
+        norm(images)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.recalibrate(forward, norm, Batches(torch.randn(5, 3, 2, 2)), 1, "fp32")
+    assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+    assert norm.momentum == 0.1 and not norm.training
+
+
+def test_a_stop_waits_for_a_step_and_for_a_file():
+    stopping.listen()
+    try:
+        with stopping.patiently():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # torchrun and a cluster may both tell
+            assert stopping.requested()
+            with stopping.undisturbed():
+                os.kill(os.getpid(), signal.SIGALRM)  # its seconds are over: not while writing
+            with pytest.raises(stopping.Stopped):
+                os.kill(os.getpid(), signal.SIGALRM)
+        stopping.listen()
+        with pytest.raises(stopping.Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        stopping._requested = False

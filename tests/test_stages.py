@@ -422,6 +422,31 @@ def wait_for_epoch(process, folder, epoch):
     raise AssertionError("the run never got there")
 
 
+def test_a_restart_goes_on_from_the_newest_state(run, common, base_file, tmp_path, monkeypatch):
+    """Also where the command names an older checkpoint, or that of another directory."""
+    options = [*common, "--base", base_file, "--batch_size", 40, "--test_every", 1]
+    first, other = tmp_path / "first", tmp_path / "other"
+    assert run("cl_training", *options, "--cv_dir", first, "--max_epochs", 2)[0] == 0
+    older = named(first)[0]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    status, out, err = run("cl_training", *options, "--load", older, "--max_epochs", 3)
+    assert status == 0 and out.startswith("E: 3 |"), err
+    for epochs in (2, 3):
+        status, out, err = run("cl_training", *options, "--load", older, "--cv_dir", other,
+                               "--max_epochs", epochs)  # fmt: skip
+        assert status == 0 and out.startswith(f"E: {epochs} |"), err
+
+
+def test_inside_an_epoch_the_batches_stay_as_they_were(run, common, base_file, tmp_path):
+    options = [*common, "--base", base_file, "--max_epochs", 2]
+    assert run("cl_training", *options, "--batch_size", 40, "--cv_dir", tmp_path)[0] == 0
+    content = checkpoint.read(tmp_path)
+    content |= {"epoch": 1, "steps_done": 2, "partial": {}}
+    checkpoint.write(content, tmp_path / "last.t7")
+    refused(run("cl_training", *options, "--batch_size", 20, "--load", tmp_path),
+            "inside an epoch of --batch_size 40")  # fmt: skip
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_a_run_that_goes_on(number, status, run, common, base_file, tmp_path):
     options = [*common, "--base", base_file, "--cv_dir", tmp_path, "--batch_size", 5]
