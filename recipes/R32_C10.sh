@@ -12,9 +12,9 @@ stage base pretrain --max_epochs 40 --batch_size 128 --lr 0.1 --block_drop 0.25 
     --pretrained "$OUT/depth"
 BASE=$OUT/base
 
-stage stage1 cl_training --base "$BASE" --max_epochs 18 --batch_size 256 --penalty -1 \
-    --samples 2 --alpha_end 0.95 --beta_end 0.01 --schedule cosine
-stage stage2 finetune --base "$BASE" --pretrained "$OUT/stage1/last.t7" --max_epochs 18 \
+stage stage1 cl_training --base "$BASE" --max_epochs 10 --batch_size 256 --penalty -1 \
+    --alpha_end 0.95 --beta_end 0.01 --schedule cosine --cl_blocks 3
+stage stage2 finetune --base "$BASE" --pretrained "$OUT/stage1/last.t7" --max_epochs 12 \
     --lr 3e-4 --resnet_lr 0.05 --distill 0.5 --penalty -2 --penalty_end -6 --alpha_end 0.98 \
     --schedule cosine --recalibrate
 

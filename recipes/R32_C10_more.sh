@@ -4,7 +4,7 @@
 MODEL=R32_C10
 . recipes/common.sh
 BASE=$OUT/base
-TRAIN="--max_epochs 18 --resnet_lr 0.05 --distill 0.5 --schedule cosine --recalibrate"
+TRAIN="--max_epochs 12 --resnet_lr 0.05 --distill 0.5 --schedule cosine --recalibrate"
 POLICY="--pretrained $OUT/stage1/last.t7 --lr 3e-4 --alpha_end 0.98"
 
 for penalty in -1 -3 -10 -30; do

@@ -186,16 +186,7 @@ def two_hosts():
             ip([*inside, "link", "set", "lo", "up"])
         # gloo asks the system which interface the host's name is on
         yield [
-            [
-                "ip",
-                "netns",
-                "exec",
-                name,
-                "env",
-                f"GLOO_SOCKET_IFNAME={end}",
-                # without it the first host does not tell one that comes later where to connect
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
-            ]
+            ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={end}"]
             for name, end in zip(names, cable, strict=True)
         ]
     finally:
