@@ -1,7 +1,7 @@
 # make demo: the whole method on real CIFAR-10, on a CPU, within 15 minutes
 # make test: style and tests
 # make reproduce MODEL=R32_C10: the chain of trainings in recipes/R32_C10.sh, hours on a CPU
-# Both set up everything they need in .venv first.
+# Each sets up everything it needs in .venv first.
 
 PYTHON ?= python3
 VENV := .venv

@@ -88,7 +88,7 @@ def main() -> None:
         train, test = engine.data.load(spec, args, run.device)
         resnet, policy_net = models.build(args.model, spec.num_classes)
         run.load_base(resnet, models.load_resnet)
-        if spec.dataset in ("ImageNet", "Folder") and not args.load:
+        if spec.has_pictures and not args.load:
             start_policy(policy_net, args)
         run.place(resnet.requires_grad_(False).eval(), policy_net)
         learner = run.wrap(policy_net)

@@ -5,7 +5,7 @@ import time
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import engine
 import models
@@ -13,6 +13,15 @@ import utils
 from engine import UserError, checkpoint, options
 
 TIMED_BATCHES, TIMED_SECONDS = 200, 30.0  # timing stops at whichever comes first
+
+
+def decision_flops(resnet: nn.Module, policy_net: nn.Module | None, input_size) -> int:
+    """FLOPs an image of the policy network, or of the gates that are not always open."""
+    if policy_net is not None:
+        return utils.count_flops(policy_net, input_size)
+    gates = getattr(resnet, "gates", [])
+    asked = (gate for k, gate in enumerate(gates) if k not in resnet.always_on)
+    return sum(utils.count_flops(gate, (gate.fc1.in_features, 1, 1)) for gate in asked)
 
 
 class Subject:
@@ -91,13 +100,7 @@ class Subject:
         """FLOPs of what every image runs, its decision included, and of each block, (K,)."""
         size = (3, self.spec.image_size, self.spec.image_size)
         fixed, per_block = utils.block_flops(self.plain, size)
-        if self.policy_net is not None:
-            fixed += utils.count_flops(self.policy_net, size)
-        if self.spec.gated:
-            for k, gate in enumerate(self.resnet.gates):
-                if k not in self.resnet.always_on:
-                    fixed += utils.count_flops(gate, (gate.fc1.in_features, 1, 1))
-        return fixed, per_block
+        return fixed + decision_flops(self.resnet, self.policy_net, size), per_block
 
     def time(self, test, batch_size: int) -> dict[str, float]:
         """Medians over batches: milliseconds an image, and the speed-up over the full ResNet.

@@ -15,7 +15,7 @@ import engine
 import models
 import utils
 from engine import UserError, checkpoint, options
-from subject import Subject
+from subject import Subject, decision_flops
 from visual import facts, figures, page
 
 PUBLISHED = {  # Wu et al. 2018: model -> (label, blocks, FLOPs or None, accuracy)
@@ -43,7 +43,9 @@ class Seen:
     """A checkpoint and what it does with every image."""
 
     def __init__(self, path: str, args):
-        model = checkpoint.read(path).get("model")  # released checkpoints do not say
+        content = checkpoint.read(path)
+        self.made_with = content.get("args", {})
+        model = content.get("model")  # released checkpoints do not say
         model = model if isinstance(model, str) else args.model
         own = argparse.Namespace(**vars(args) | {"load": path, "model": model, "policy": None})
         self.path, self.spec = Path(path), engine.data.spec_of(models.config, own)
@@ -72,9 +74,9 @@ class Seen:
 
     def full_flops(self) -> float:
         """FLOPs of the full ResNet, without what decides."""
-        size = (3, self.spec.image_size, self.spec.image_size)
-        fixed, per_block = utils.block_flops(self.subject.plain, size)
-        return fixed + float(per_block.sum())
+        subject, size = self.subject, (3, self.spec.image_size, self.spec.image_size)
+        decision = decision_flops(subject.resnet, subject.policy_net, size)
+        return self.fixed - decision + float(self.per_block.sum())
 
     def _predictions(self) -> dict[str, Tensor]:
         """What `_predict` finds, from the cache beside the checkpoint if it is of the same."""
@@ -257,20 +259,28 @@ def published(seen: Seen) -> list[tuple[str, float, float]]:
     ]
 
 
+def add_points(
+    report: Report, name: str, title: str, text: str, points: list, unit: str, form: str
+) -> None:
+    """Accuracy against a cost; points: (kind, label, cost, accuracy), costs shown by `form`."""
+    behind = page.table(
+        ["", "kind", "accuracy", unit],
+        [[label, kind, f"{accuracy:.2%}", form.format(cost)]
+         for kind, label, cost, accuracy in points],
+    )  # fmt: skip
+    report.add(name, title, text, figures.trade_off(points, unit), behind)
+
+
 def add_trade_off(report: Report, all_seen: list[Seen], args) -> None:
     first = all_seen[0]
     full = base_accuracy(first)
     points = [("full ResNet", "full", first.full_flops(), full)] if full else []
     points += [(seen.kind, seen.folder.name, seen.flops, seen.accuracy) for seen in all_seen]
     points += [("published", *point) for point in published(first)]
-    behind = page.table(
-        ["", "kind", "accuracy", "FLOPs/img"],
-        [[label, kind, f"{accuracy:.2%}", f"{cost:.3g}"] for kind, label, cost, accuracy in points],
-    )  # fmt: skip
-    report.add("trade_off", "Accuracy and FLOPs",
+    add_points(report, "trade_off", "Accuracy and FLOPs",
         "A multiply-add counts two; policy networks and gates are included. Published points "
         "without FLOPs are placed by their mean number of blocks.",
-        figures.trade_off(points, "FLOPs an image"), behind)  # fmt: skip
+        points, "FLOPs an image", "{:.3g}")  # fmt: skip
     if not args.time:
         return
     points = []
@@ -280,13 +290,9 @@ def add_trade_off(report: Report, all_seen: list[Seen], args) -> None:
         if seen is first and full:
             points.append(("full ResNet", "full", ms * times["speed_up"], full))
         points.append((seen.kind, seen.folder.name, ms, seen.accuracy))
-    behind = page.table(
-        ["", "kind", "accuracy", "ms/img"],
-        [[label, kind, f"{accuracy:.2%}", f"{cost:.3f}"] for kind, label, cost, accuracy in points],
-    )  # fmt: skip
-    report.add("time", "Accuracy and time",
+    add_points(report, "time", "Accuracy and time",
         f"Milliseconds an image, networks deployed, batch {first.test.batch_size}.",
-        figures.trade_off(points, "milliseconds an image"), behind)  # fmt: skip
+        points, "milliseconds an image", "{:.3f}")  # fmt: skip
 
 
 def base_accuracy(seen: Seen) -> float | None:
@@ -309,7 +315,7 @@ def base_accuracy(seen: Seen) -> float | None:
 def add_curves(report: Report, seen: Seen) -> None:
     metrics = seen.folder / "metrics.jsonl"
     if metrics.exists():
-        given = checkpoint.read(seen.path).get("args", {})
+        given = seen.made_with
         end = curriculum_end(given, seen.spec.num_blocks) if "cl_step" in given else None
         figure = figures.curves(facts.training_curves(metrics), end)
         report.add("curves", "Training", "Figures over epochs.", figure)

@@ -19,7 +19,8 @@ from torch import nn
 import engine
 import models
 import utils
-from engine import checkpoint, options
+from engine import options
+from subject import Subject, decision_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -153,11 +154,7 @@ def rows_of(resnet, policy_net, spec, policy_source, x, precision, args) -> list
     fixed, per_block = utils.block_flops(resnet.resnet if spec.gated else resnet, size)
     full = fixed + per_block.sum().item()
     kept = fixed + (policy.cpu().double() @ per_block).mean().item()
-    if spec.gated:
-        gates = resnet.gates
-        decision = sum(utils.count_flops(gate, (gate.fc1.in_features, 1, 1)) for gate in gates)
-    else:
-        decision = utils.count_flops(policy_net, size)
+    decision = decision_flops(resnet, policy_net, size)
     best_full = min(s for name, s in seconds.items() if name.startswith("full"))
     gflops = conv_gflops(len(x), DTYPES[precision], x.device)
     rows = []
@@ -182,19 +179,6 @@ def rows_of(resnet, policy_net, spec, policy_source, x, precision, args) -> list
     return rows
 
 
-def load(resnet, policy_net, spec, args) -> None:
-    """Put a checkpoint's weights into the networks."""
-    content = checkpoint.read_for(spec, args.load)
-    if spec.gated:
-        models.load_gated(resnet, checkpoint.resnet_weights(content, args.load))
-        return
-    models.load_policy(policy_net, checkpoint.policy_weights(content, args.load))
-    if "resnet" in content:
-        models.load_resnet(resnet, content["resnet"])
-    else:
-        checkpoint.load_base(spec, args.base, resnet, models.load_resnet)
-
-
 def main() -> None:
     args = parse_args()
     spec = engine.named(models.config, args.model)
@@ -203,7 +187,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     resnet, policy_net = models.build(args.model)
     if args.load:
-        load(resnet, policy_net, spec, args)
+        args.policy = None
+        subject = Subject(args, spec)
+        resnet, policy_net = subject.resnet, subject.policy_net
     for network in filter(None, (resnet, policy_net)):
         engine.device.place(network, device).eval()
     facts = machine()

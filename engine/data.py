@@ -14,11 +14,10 @@ from torch.nn import functional as F
 from . import checkpoint, cifar, imagenet, ranks
 from .device import derived_seed
 from .errors import UserError, named
-from .part import Part, parts
+from .part import AUGMENTATION, STEP, Part, parts
 from .spec import Spec
 
 PADDING = 4
-AUGMENTATION, STEP = 1, 2  # whose random numbers are drawn from (seed, epoch)
 
 
 class Loader(Protocol):
@@ -122,7 +121,7 @@ def load(
     `--val_split N` evaluates on the last N training images, which training then leaves out;
     `--subset N` keeps the first N images of both.
     """
-    if spec.dataset in ("ImageNet", "Folder"):
+    if spec.has_pictures:
         return imagenet.load(spec, args, device, training)
     with ranks.main_first():  # who may have to fetch it
         arrays = cifar.load(spec.dataset, args.data_dir, check=not args.skip_data_check)

@@ -17,10 +17,9 @@ from . import stopping
 from .checkpoint import digest
 from .device import derived_seed
 from .errors import UserError
-from .part import Part, parts
+from .part import AUGMENTATION, STEP, Part, parts
 from .spec import Spec
 
-AUGMENTATION, STEP = 1, 2  # whose random numbers are drawn from (seed, epoch)
 PREFETCH = 4  # batches that each worker keeps ready
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from . import ranks
 from .device import derived_seed
 
+AUGMENTATION, STEP = 1, 2  # whose random numbers are drawn from (seed, epoch)
+
 
 @dataclass(frozen=True)
 class Part:

@@ -11,6 +11,7 @@ class Spec(Protocol):
     num_classes: int
     num_blocks: int
     dataset: str
+    has_pictures: bool
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

@@ -48,6 +48,11 @@ class Config:
     std: Colour = (1.0, 1.0, 1.0)
 
     @property
+    def has_pictures(self) -> bool:
+        """Whether its data are picture files in folders, ImageNet's or a user's."""
+        return self.dataset in PICTURES.values()
+
+    @property
     def num_blocks(self) -> int:
         return sum(self.stages)
 
@@ -120,13 +125,13 @@ def build(
     spec = replace(spec, num_classes=num_classes or spec.num_classes)
     if spec.gated:
         return GatedResNet(ungated(spec)), None
-    if spec.image_size == 224:
+    if spec.has_pictures:
         return ungated(spec), ImageNetPolicy(spec.num_blocks)
     return ungated(spec), CifarPolicy(spec.num_blocks)
 
 
 def ungated(spec: Config) -> ResNet:
-    if spec.image_size == 224:
+    if spec.has_pictures:
         block, stages = IMAGENET[spec.depth]
         return ImageNetResNet(block, stages, spec.num_classes)
     return (ProjectedCifarResNet if spec.gated else CifarResNet)(spec.stages, spec.num_classes)
