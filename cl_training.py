@@ -24,25 +24,25 @@ def parse_args():
     add("--cl_blocks", type=options.count, default=1, help="blocks added each time")
     add(
         "--policy_init",
-        default="resnet18",
-        help="start of an ImageNet policy network: torchvision's resnet18, a file, or none",
+        help="start of the policy network: a ResNet's file, resnet18 (torchvision's, what pictures "
+        "begin with) or none (what CIFAR begins with)",
     )
     add("--samples", type=options.count, default=1, help="policies sampled for each image")
     return parser.parse_args()
 
 
-def start_policy(policy_net: nn.Module, args) -> None:
-    """Give an ImageNet policy network those weights of a ResNet-18 that fit, as released."""
-    if args.policy_init == "none":
+def start_policy(policy_net: nn.Module, source: str) -> None:
+    """Give the policy network those weights of another ResNet that fit."""
+    if source == "none":
         return
-    if args.policy_init == "resnet18":
+    if source == "resnet18":
         way_out = "name a file with --policy_init, or begin with --policy_init none"
         state = engine.published.resnet(18, way_out)
     else:
-        content = engine.checkpoint.read(args.policy_init)
-        state = engine.checkpoint.resnet_weights(content, args.policy_init)
+        content = engine.checkpoint.read(source)
+        state = engine.checkpoint.resnet_weights(content, source)
     if not models.load_fitting(policy_net.features, state):
-        raise UserError(f"{args.policy_init}: not one tensor fits the policy network")
+        raise UserError(f"{source}: not one tensor fits the policy network")
 
 
 def train_step(
@@ -88,8 +88,10 @@ def main() -> None:
         train, test = engine.data.load(spec, args, run.device)
         resnet, policy_net = models.build(args.model, spec.num_classes)
         run.load_base(resnet, models.load_resnet)
-        if spec.has_pictures and not args.load:
-            start_policy(policy_net, args)
+        if not args.load:  # as released: pictures from a ResNet-18, CIFAR from nothing
+            start_policy(
+                policy_net, args.policy_init or ("resnet18" if spec.has_pictures else "none")
+            )
         run.place(resnet.requires_grad_(False).eval(), policy_net)
         learner = run.wrap(policy_net)
         optimizer = torch.optim.Adam(policy_net.parameters(), args.lr, weight_decay=args.wd)

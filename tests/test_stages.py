@@ -106,6 +106,22 @@ def test_curriculum_forces_blocks_in_training_and_evaluation(run, common, base_f
         assert 5 <= line["test_sparsity"] <= 6 and line["test_unique_policies"] <= 2
 
 
+def test_a_cifar_policy_starts_from_a_classifier(run, common, base_file, tmp_path):
+    torch.manual_seed(0)
+    classifier = models.build("R8_C10")[0].state_dict()
+    checkpoint.write({"state_dict": classifier}, tmp_path / "r8.t7")
+    status, _, err = run(
+        "cl_training", *common, "--base", base_file, "--cv_dir", tmp_path / "cl",
+        "--max_epochs", 1, "--batch_size", 120, "--lr", 1e-9, "--policy_init", tmp_path / "r8.t7",
+    )  # fmt: skip
+    assert status == 0, err
+    agent = checkpoint.read(tmp_path / "cl")["agent"]
+    learned = [name for name in classifier if name.endswith("weight") and "fc" not in name]
+    for name in learned:
+        torch.testing.assert_close(agent[f"features.{name}"], classifier[name], rtol=0, atol=1e-6)
+    assert len(learned) == 14  # a stem and six convolutions, with their BatchNorm
+
+
 def test_the_resnet_is_frozen_in_stage_1_and_learns_in_stage_2(
     run, common, base_file, stage_1, tmp_path
 ):
