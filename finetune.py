@@ -1,6 +1,6 @@
 """Stage 2: finetune the policy network and the ResNet together, starting from stage 1.
 
-With --policy the ResNet is finetuned under one of the paper's static baselines instead.
+With --freeze_policy or, for the paper's static baselines, --policy the ResNet learns alone.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,11 @@ def parse_args():
         default=0.0,
         help="weight of learning the classes from the full base ResNet, out of 1 with the labels",
     )
+    add(
+        "--freeze_policy",
+        action="store_true",
+        help="train the ResNet alone, under the most probable policies of --pretrained",
+    )
     add("--temperature", type=options.positive, default=2.0, help="of the softmax in distillation")
     add(
         "--recalibrate",
@@ -48,6 +53,8 @@ def parse_args():
         raise UserError("stage 2 starts from a stage-1 checkpoint: name one with --pretrained")
     if args.pretrained and args.policy:
         raise UserError("--policy takes no policy network: leave --pretrained out")
+    if args.freeze_policy and args.policy:
+        raise UserError("--policy takes no policy network: leave --freeze_policy out")
     return args
 
 
@@ -118,8 +125,8 @@ def decide_alike(static: Tensor, images: Tensor) -> Tensor:
     return static.expand(len(images), -1)
 
 
-def static_train_step(
-    static: Tensor,
+def resnet_train_step(
+    decide: Callable,
     resnet: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -127,8 +134,9 @@ def static_train_step(
     args,
     teacher=None,
 ):
-    """The same where every image gets the same policy (K,) and only the ResNet learns."""
-    policy = decide_alike(static, images)
+    """The same where only the ResNet learns, under the policies that `decide(images)` gives."""
+    with torch.no_grad():
+        policy = decide(images)
     logits = resnet(images, policy)
     reward, correct = utils.reward(logits, labels, policy, args.penalty)
     results = {"policy": policy, "reward": reward, "correct": correct}
@@ -162,14 +170,15 @@ def main() -> None:
         learned = [] if args.resnet_lr else list(resnet.parameters())
         if static is None:
             run.track("agent", policy_net, models.load_policy)
-            learned += policy_net.parameters()
-            batch_step = partial(
-                train_step, run.wrap(policy_net), run.wrap(resnet), teacher=teacher
-            )
             policies = partial(decide, policy_net)
         else:
-            batch_step = partial(static_train_step, static, run.wrap(resnet), teacher=teacher)
             policies = partial(decide_alike, static)
+        policy_learns = static is None and not args.freeze_policy
+        if policy_learns:
+            learned += policy_net.parameters()
+            step = partial(train_step, run.wrap(policy_net), run.wrap(resnet), teacher=teacher)
+        else:
+            step = partial(resnet_train_step, policies, run.wrap(resnet), teacher=teacher)
         optimizers = {}
         if learned:
             optimizers["optimizer"] = torch.optim.Adam(learned, args.lr, weight_decay=args.wd)
@@ -184,8 +193,8 @@ def main() -> None:
             now = engine.schedule.at(args, epoch)
             for optimizer in optimizers:
                 engine.optim.scale_lr(optimizer, engine.schedule.lr_factor(args, epoch))
-            resnet.train(), policy_net.train()
-            outcome = run.train_epoch(partial(batch_step, args=now), optimizers, train)
+            resnet.train(), policy_net.train(policy_learns)
+            outcome = run.train_epoch(partial(step, args=now), optimizers, train)
             run.log_policies("train", *utils.performance_stats(*outcome.of_policies()))
             if run.tests(epoch):
                 resnet.eval(), policy_net.eval()

@@ -141,6 +141,23 @@ def test_the_resnet_is_frozen_in_stage_1_and_learns_in_stage_2(
     assert start["base"] == content["base"]
 
 
+def test_a_frozen_policy_stays_and_the_resnet_learns_under_it(
+    run, common, base_file, stage_1, tmp_path
+):
+    options = options_of("finetune", common, base_file, stage_1)
+    status, out, err = run("finetune", *options, "--cv_dir", tmp_path, "--max_epochs", 1,
+                           "--freeze_policy", "--resnet_lr", 0.1)  # fmt: skip
+    assert status == 0, err
+    base = checkpoint.read(base_file)["state_dict"]
+    content = checkpoint.read(tmp_path)
+    assert same(content["agent"], checkpoint.read(named(stage_1)[0])["agent"])
+    assert not torch.equal(content["resnet"]["conv1.weight"], base["conv1.weight"])
+    assert "optimizer" not in content  # Adam would have nothing to do
+    status, out, err = run("test", *common, "--load", tmp_path)
+    assert status == 0 and f"Block Usage: {metrics(tmp_path)[0]['test_sparsity']:.3f}" in out, err
+    refused(run("finetune", *common, "--policy", "first:2", "--freeze_policy"), "--freeze_policy")
+
+
 def test_pretrain_learns_and_its_file_is_a_base(run, common, tmp_path):
     status, out, err = run(
         "pretrain", *common, "--cv_dir", tmp_path / "base", "--max_epochs", 12,
