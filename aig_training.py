@@ -108,21 +108,20 @@ def log(run: engine.Run, split: str, outcome) -> None:
     """The line of an epoch or of an evaluation, without a reward, and the rates of all blocks."""
     policies, correct = outcome["policy"], outcome["correct"]
     accuracy, _, blocks, deviation, unique = utils.performance_stats(policies, correct, correct)
-    head = f"E: {run.metrics['epoch']} |" if split == "train" else "TS -"
-    run.log(
-        f"{head} A: {accuracy:.3f} | S: {blocks:.3f} | V: {deviation:.3f} | #: {len(unique)}",
+    run.logs.line(
+        f"A: {accuracy:.3f} | S: {blocks:.3f} | V: {deviation:.3f} | #: {len(unique)}",
         split,
         accuracy=accuracy,
         sparsity=blocks,
         variance=deviation,
         unique_policies=len(unique),
     )
-    run.log_rates(split, policies.double().mean(0))
+    run.logs.rates(split, policies.double().mean(0))
     if split == "test":
         labels = outcome["label"]
-        run.log_kept(policies, labels)
+        run.logs.kept(policies, labels)
         by_class = [policies[labels == c].double().mean(0) for c in labels.unique()]
-        run.metrics["test_rates_by_class"] = [[round(r, 4) for r in rates.tolist()]
+        run.logs.metrics["test_rates_by_class"] = [[round(r, 4) for r in rates.tolist()]
                                               for rates in by_class]  # fmt: skip
 
 

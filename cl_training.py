@@ -109,13 +109,13 @@ def main() -> None:
             policy_net.train()
             step = partial(train_step, learner, resnet, mask=mask, args=now)
             outcome = run.train_epoch(step, [optimizer], train)
-            run.log_policies("train", *utils.performance_stats(*outcome.of_policies()))
+            run.logs.policies("train", *utils.performance_stats(*outcome.of_policies()))
             if run.tests(epoch):
                 policy_net.eval()
                 step = partial(test_step, policy_net, resnet, mask=mask, args=now)
                 outcome = run.evaluate(step, test)
-                run.log_policies("test", *utils.performance_stats(*outcome.of_policies()))
-                run.log_kept(outcome["policy"], outcome["label"])
+                run.logs.policies("test", *utils.performance_stats(*outcome.of_policies()))
+                run.logs.kept(outcome["policy"], outcome["label"])
                 run.save_evaluated()
 
 

@@ -195,14 +195,14 @@ def main() -> None:
                 engine.optim.scale_lr(optimizer, engine.schedule.lr_factor(args, epoch))
             resnet.train(), policy_net.train(policy_learns)
             outcome = run.train_epoch(partial(step, args=now), optimizers, train)
-            run.log_policies("train", *utils.performance_stats(*outcome.of_policies()))
+            run.logs.policies("train", *utils.performance_stats(*outcome.of_policies()))
             if run.tests(epoch):
                 resnet.eval(), policy_net.eval()
                 if args.recalibrate:
                     run.recalibrate(lambda x: resnet(x, policies(x)), resnet, train)
                 outcome = run.evaluate(partial(test_step, policies, resnet, args=now), test)
-                run.log_policies("test", *utils.performance_stats(*outcome.of_policies()))
-                run.log_kept(outcome["policy"], outcome["label"])
+                run.logs.policies("test", *utils.performance_stats(*outcome.of_policies()))
+                run.logs.kept(outcome["policy"], outcome["label"])
                 run.save_evaluated()
 
 

@@ -97,17 +97,14 @@ def main() -> None:
             tally = run.train_epoch(train_step, [optimizer], train, clip_norm=args.clip_norm)
             accuracy = tally["correct"].double().mean().item()
             loss = tally["loss"].double().mean().item()
-            run.log(
-                f"E: {epoch} | A: {accuracy:.3f} | L: {loss:.3f}",
-                "train",
-                accuracy=accuracy,
-                loss=loss,
+            run.logs.line(
+                f"A: {accuracy:.3f} | L: {loss:.3f}", "train", accuracy=accuracy, loss=loss
             )
             if run.tests(epoch):
                 resnet.eval()
                 tally = run.evaluate(test_step, test)
                 accuracy = tally["correct"].double().mean().item()
-                run.log(f"TS - A: {accuracy:.4f}", "test", accuracy=accuracy)
+                run.logs.line(f"A: {accuracy:.4f}", "test", accuracy=accuracy)
             if epoch == args.max_epochs:
                 run.save(f"pk_E_{epoch}_A_{accuracy:.3f}.t7", acc=accuracy)
 

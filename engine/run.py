@@ -1,10 +1,8 @@
-"""A training run: its device, its directory of checkpoints and logs, and how it resumes."""
+"""A training run: its device, its directory of checkpoints, and how it resumes."""
 
 import argparse
 import fcntl
-import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboardX import SummaryWriter
 from torch import nn
 from tqdm import tqdm
 
 from . import checkpoint, device, loop, ranks, stopping
 from .data import Loader
 from .errors import UserError, about
+from .logs import Logs
 from .spec import Spec
 from .tally import Tally
 
@@ -36,8 +34,6 @@ HINTS = {
     2: "go on from it with finetune.py",
     3: "go on from it with aig_training.py",
 }
-
-PIXELS = 8  # a block's side in TensorBoard's picture of keep rates
 
 # options that a resumed run may well be given anew
 FREE_OPTIONS = {
@@ -78,8 +74,6 @@ class Run:
         self.tracked: dict[str, Any] = {}
         self.loaded: dict[str, Any] = {}
         self.extras: dict[str, Any] = {}
-        self.metrics: dict[str, Any] = {}
-        self.writer: SummaryWriter | None = None
         source = args.load and Path(args.load)
         source = source.parent if source and not source.is_dir() else source
         target = Path(args.cv_dir or source or cv_dir)
@@ -94,6 +88,7 @@ class Run:
             self.extras = {n: self.loaded[n] for n in ("base",) if n in self.loaded}
             self._check_place_in_epoch()
         self.cv_dir = target
+        self.logs = Logs(target, args)
         self.lock = None
         if ranks.is_main():
             self._claim_directory(new=not source or target.resolve() != source.resolve())
@@ -110,10 +105,8 @@ class Run:
                 self.save_partway()
         if self.lock:
             self.lock.close()
-        if self.writer is None:
-            return
-        self.writer.close()
-        if error is not None:
+        self.logs.close()
+        if error is not None and self.logs.writer:
             last = self.cv_dir / checkpoint.LAST
             steps = f" and {self.steps_done} steps" if self.steps_done else ""
             error.add_note(f"epoch {self.done}{steps} is kept; go on with --load {last}")
@@ -221,19 +214,14 @@ class Run:
             if ranks.is_main():
                 tqdm.write(f"{self.args.load}: all {self.args.max_epochs} epochs are done")
             return
-        if ranks.is_main():
-            self._open_logs()
+        self.logs.open(self.done, goes_on=bool(self.loaded))
         if not self.cv_dir.joinpath(checkpoint.LAST).exists():
             self.save(checkpoint.LAST)
         for epoch in range(self.done + 1, self.args.max_epochs + 1):
             device.seed_everything(self.args.seed, epoch, ranks.rank())
-            self.metrics = {"epoch": epoch}
-            start = time.perf_counter()
+            self.logs.begin(epoch)
             yield epoch
-            self.metrics["seconds"] = round(time.perf_counter() - start, 3)
-            if ranks.is_main():
-                with about(self.cv_dir), open(self.cv_dir / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(self.metrics) + "\n")
+            self.logs.end()
             self.save(checkpoint.LAST)
             self.done, self.steps_done, self.partial = epoch, 0, {}
             self.is_trained = False
@@ -247,7 +235,7 @@ class Run:
         **options,
     ) -> Tally:
         """This epoch of training, or what is left of it; see `engine.loop.train_epoch`."""
-        epoch = self.metrics["epoch"]
+        epoch = self.logs.metrics["epoch"]
         tally = Tally(loader, epoch, f"epoch {epoch}", self.steps_done, self.partial)
         with stopping.patiently():
             loop.train_epoch(
@@ -273,7 +261,7 @@ class Run:
             {f for files in ranks.gather(getattr(loader, "damaged", [])) for f in files}
         )
         if damaged:
-            self.metrics["damaged_images"] = len(damaged)
+            self.logs.metrics["damaged_images"] = len(damaged)
             self.note(f"{len(damaged)} pictures cannot be read, the first {damaged[0]}: replaced")
 
     def _between_steps(self, tally: Tally, steps_done: int) -> None:
@@ -299,76 +287,20 @@ class Run:
         self, forward: Callable[[torch.Tensor], object], network: nn.Module, loader: Loader
     ) -> None:
         """Statistics of this epoch's training images; see `engine.loop.recalibrate`."""
-        loop.recalibrate(forward, network, loader, self.metrics["epoch"], self.args.precision)
+        loop.recalibrate(forward, network, loader, self.logs.metrics["epoch"], self.args.precision)
 
     def tests(self, epoch: int) -> bool:
         """Whether this epoch ends with an evaluation: every so often, and always the last."""
         return epoch % self.args.test_every == 0 or epoch == self.args.max_epochs
 
-    def log(self, line: str, split: str, **figures: float) -> None:
-        """Print a line, and put figures into metrics.jsonl and TensorBoard as <split>_<name>."""
-        self.metrics |= {f"{split}_{name}": value for name, value in figures.items()}
-        if not ranks.is_main():
-            return
-        if self.args.subset:
-            line += f" | --subset {self.args.subset}"
-        tqdm.write(line)
-        sys.stdout.flush()
-        for name, value in figures.items():
-            self.writer.add_scalar(f"{split}_{name}", value, self.metrics["epoch"])
-
-    def log_policies(
-        self,
-        split: str,
-        accuracy: float,
-        reward: float,
-        sparsity: float,
-        variance: float,
-        policy_set: set,
-    ) -> None:
-        """Log `utils.performance_stats` in the released code's format."""
-        head = f"E: {self.metrics['epoch']} |" if split == "train" else "TS -"
-        unique = len(policy_set)
-        self.log(
-            f"{head} A: {accuracy:.3f} | R: {reward:.2E} | S: {sparsity:.3f} | V: {variance:.3f} "
-            f"| #: {unique}",
-            split,
-            accuracy=accuracy,
-            reward=reward,
-            sparsity=sparsity,
-            variance=variance,
-            unique_policies=unique,
-        )
-
-    def log_rates(self, split: str, rates: torch.Tensor) -> None:
-        """Put how often each block was executed, (K,), into metrics.jsonl and TensorBoard."""
-        self.metrics[f"{split}_rates"] = [round(rate, 4) for rate in rates.tolist()]
-        for k, rate in enumerate(rates.tolist() if ranks.is_main() else []):
-            self.writer.add_scalar(f"{split}_rate/block_{k:02d}", rate, self.metrics["epoch"])
-
-    def log_kept(self, policies: torch.Tensor, labels: torch.Tensor) -> None:
-        """Show in TensorBoard how often blocks are kept, by class, and how many an image keeps.
-
-        policies: (N, K), labels: (N,). The picture has the blocks from left to right, all images
-        in its first row and then one class a row, black for never and white for always.
-        """
-        if not ranks.is_main():
-            return
-        classes = labels.unique() if labels.max() < 100 else labels[:0]
-        groups = [policies, *(policies[labels == label] for label in classes)]
-        rates = torch.stack([group.double().mean(0) for group in groups])
-        picture = rates.repeat_interleave(PIXELS, 0).repeat_interleave(PIXELS, 1)
-        epoch = self.metrics["epoch"]
-        self.writer.add_image("test_keep_rates", picture.numpy(), epoch, dataformats="HW")
-        self.writer.add_histogram("test_blocks", policies.long().sum(1).numpy(), epoch)
-
     def save_evaluated(self) -> None:
         """Write the named checkpoint of an epoch whose test figures were logged."""
-        epoch, accuracy = self.metrics["epoch"], self.metrics["test_accuracy"]
-        blocks, unique = self.metrics["test_sparsity"], self.metrics["test_unique_policies"]
+        metrics = self.logs.metrics
+        epoch, accuracy = metrics["epoch"], metrics["test_accuracy"]
+        blocks, unique = metrics["test_sparsity"], metrics["test_unique_policies"]
         name, figures = f"ckpt_E_{epoch}_A_{accuracy:.3f}", {"acc": accuracy}
-        if "test_reward" in self.metrics:  # ConvNet-AIG has none
-            figures["reward"] = self.metrics["test_reward"]
+        if "test_reward" in metrics:  # ConvNet-AIG has none
+            figures["reward"] = metrics["test_reward"]
             name += f"_R_{figures['reward']:.2E}"
         self.save(f"{name}_S_{blocks:.2f}_#_{unique}.t7", **figures)
 
@@ -384,34 +316,9 @@ class Run:
             return
         content = {name: cpu(part.state_dict()) for name, part in self.tracked.items()}
         content |= {"model": self.spec.name, "stage": self.stage, "args": vars(self.args)}
-        content |= {"epoch": self.metrics.get("epoch", self.done), **self.extras, **figures}
+        content |= {"epoch": self.logs.metrics.get("epoch", self.done), **self.extras, **figures}
         with stopping.undisturbed():
             checkpoint.write(content, self.cv_dir / name)
-
-    def _open_logs(self) -> None:
-        args_file, commands = self.cv_dir / "args.txt", self.cv_dir / "command.txt"
-        with about(self.cv_dir):
-            lines = [f"{name}: {value}" for name, value in sorted(vars(self.args).items())]
-            args_file.write_text("\n".join(lines) + "\n")
-            with open(commands, "a" if self.loaded else "w") as file:
-                file.write(shlex.join(["python", *sys.argv]) + "\n")
-            self._forget_after(self.done)
-            self.writer = SummaryWriter(
-                str(self.cv_dir / "log"), purge_step=self.done + 1 if self.loaded else None
-            )
-
-    def _forget_after(self, epoch: int) -> None:
-        """Drop metrics of epochs that are about to be run again."""
-        path = self.cv_dir / "metrics.jsonl"
-        if not path.exists():
-            return
-        lines = path.read_text().splitlines(keepends=True) if self.loaded else []
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch
-        ]
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(kept))
-        partial.replace(path)
 
 
 def stage_of(content: Mapping[str, Any]) -> int:

@@ -1,0 +1,133 @@
+"""What a run leaves for people to read: lines, metrics.jsonl, TensorBoard, its options."""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from . import ranks
+from .errors import about
+
+PIXELS = 8  # a block's side in TensorBoard's picture of keep rates
+
+
+class Logs:
+    """The lines and figures of a run, epoch by epoch; only rank 0 prints and writes.
+
+    `metrics` holds the figures of the epoch that runs, as they will stand in metrics.jsonl.
+    """
+
+    def __init__(self, folder: Path, args: argparse.Namespace):
+        self.folder, self.args = folder, args
+        self.metrics: dict[str, Any] = {}
+        self.writer: SummaryWriter | None = None
+        self.start = 0.0
+
+    def open(self, done: int, goes_on: bool) -> None:
+        """Write down the options and the command; forget what came after epoch `done`."""
+        if not ranks.is_main():
+            return
+        with about(self.folder):
+            lines = [f"{name}: {value}" for name, value in sorted(vars(self.args).items())]
+            (self.folder / "args.txt").write_text("\n".join(lines) + "\n")
+            with open(self.folder / "command.txt", "a" if goes_on else "w") as file:
+                file.write(shlex.join(["python", *sys.argv]) + "\n")
+            self._forget_after(done, goes_on)
+            purge_step = done + 1 if goes_on else None
+            self.writer = SummaryWriter(str(self.folder / "log"), purge_step=purge_step)
+
+    def _forget_after(self, epoch: int, goes_on: bool) -> None:
+        """Drop metrics of epochs that are about to be run again."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        lines = path.read_text().splitlines(keepends=True) if goes_on else []
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch
+        ]
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+    def begin(self, epoch: int) -> None:
+        self.metrics = {"epoch": epoch}
+        self.start = time.perf_counter()
+
+    def end(self) -> None:
+        """Write the epoch's line of metrics.jsonl."""
+        self.metrics["seconds"] = round(time.perf_counter() - self.start, 3)
+        if ranks.is_main():
+            with about(self.folder), open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.metrics) + "\n")
+
+    def line(self, line: str, split: str, **figures: float) -> None:
+        """Print a line behind its epoch or, at an evaluation, `TS -`.
+
+        The figures go into metrics.jsonl and TensorBoard as <split>_<name>.
+        """
+        epoch = self.metrics["epoch"]
+        self.metrics |= {f"{split}_{name}": value for name, value in figures.items()}
+        if not ranks.is_main():
+            return
+        line = f"E: {epoch} | {line}" if split == "train" else f"TS - {line}"
+        if self.args.subset:
+            line += f" | --subset {self.args.subset}"
+        tqdm.write(line)
+        sys.stdout.flush()
+        for name, value in figures.items():
+            self.writer.add_scalar(f"{split}_{name}", value, epoch)
+
+    def policies(
+        self,
+        split: str,
+        accuracy: float,
+        reward: float,
+        sparsity: float,
+        variance: float,
+        policy_set: set,
+    ) -> None:
+        """Log `utils.performance_stats` in the released code's format."""
+        unique = len(policy_set)
+        self.line(
+            f"A: {accuracy:.3f} | R: {reward:.2E} | S: {sparsity:.3f} | V: {variance:.3f} "
+            f"| #: {unique}",
+            split,
+            accuracy=accuracy,
+            reward=reward,
+            sparsity=sparsity,
+            variance=variance,
+            unique_policies=unique,
+        )
+
+    def rates(self, split: str, rates: torch.Tensor) -> None:
+        """Put how often each block was executed, (K,), into metrics.jsonl and TensorBoard."""
+        self.metrics[f"{split}_rates"] = [round(rate, 4) for rate in rates.tolist()]
+        for k, rate in enumerate(rates.tolist() if ranks.is_main() else []):
+            self.writer.add_scalar(f"{split}_rate/block_{k:02d}", rate, self.metrics["epoch"])
+
+    def kept(self, policies: torch.Tensor, labels: torch.Tensor) -> None:
+        """Show in TensorBoard how often blocks are kept, by class, and how many an image keeps.
+
+        policies: (N, K), labels: (N,). The picture has the blocks from left to right, all images
+        in its first row and then one class a row, black for never and white for always.
+        """
+        if not ranks.is_main():
+            return
+        classes = labels.unique() if labels.max() < 100 else labels[:0]
+        groups = [policies, *(policies[labels == label] for label in classes)]
+        rates = torch.stack([group.double().mean(0) for group in groups])
+        picture = rates.repeat_interleave(PIXELS, 0).repeat_interleave(PIXELS, 1)
+        epoch = self.metrics["epoch"]
+        self.writer.add_image("test_keep_rates", picture.numpy(), epoch, dataformats="HW")
+        self.writer.add_histogram("test_blocks", policies.long().sum(1).numpy(), epoch)
