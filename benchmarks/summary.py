@@ -12,11 +12,13 @@ COLUMNS = {
     "blocks": "{block_usage:.2f} ± {block_usage_std:.2f}",
     "FLOPs/img": "{flops:.2E} ± {flops_std:.2E}",
     "policies": "{unique_policies}",
-    "images/s": "{images_per_second:.0f}",
 }
+SPEED = {"images/s": "{images_per_second:.0f}"}
+TIMED = {"ms/img": "{ms_per_image:.3f}", "speed-up": "{speed_up:.2f}"}  # of test.py --time
 
 
 if __name__ == "__main__":
     pairs = [argument.partition("=")[::2] for argument in sys.argv[1:]]
     rows = [{"name": name, **json.loads(Path(file).read_text())} for name, file in pairs]
-    print(table(list(COLUMNS), [[form.format(**row) for form in COLUMNS.values()] for row in rows]))
+    columns = COLUMNS | (TIMED if all("speed_up" in row for row in rows) else SPEED)
+    print(table(list(columns), [[form.format(**row) for form in columns.values()] for row in rows]))

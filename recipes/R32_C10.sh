@@ -12,11 +12,25 @@ stage base pretrain --max_epochs 40 --batch_size 128 --lr 0.1 --block_drop 0.25 
     --pretrained "$OUT/depth"
 BASE=$OUT/base
 
-stage stage1 cl_training --base "$BASE" --max_epochs 10 --batch_size 256 --penalty -1 \
-    --alpha_end 0.95 --beta_end 0.01 --schedule cosine --cl_blocks 3
-stage stage2 finetune --base "$BASE" --pretrained "$OUT/stage1/last.t7" --max_epochs 12 \
-    --lr 3e-4 --resnet_lr 0.05 --distill 0.5 --penalty -2 --penalty_end -6 --alpha_end 0.98 \
-    --schedule cosine --recalibrate
+# The policy network starts from a classifier of its own size; one that knows classes is quicker to
+# tell easy images from hard ones.
+stage classifier pretrain --model R8_C10 --max_epochs 25 --batch_size 256 --lr 0.4
+CURRICULUM="--base $BASE --batch_size 256 --samples 2 --cl_blocks 3 --schedule cosine
+    --beta_end 0.01 --policy_init $(ls "$OUT"/classifier/pk_*.t7)"
+
+# Stage 1 begins with a harsh penalty and goes on with a milder one, down to fewer blocks.
+stage gentle cl_training $CURRICULUM --max_epochs 12 --penalty -3 --alpha_end 0.95
+stage stage1 cl_training $CURRICULUM --load "$OUT/gentle" --max_epochs 20 --penalty -2.6 \
+    --alpha_end 0.97
+stage thrifty cl_training $CURRICULUM --load "$OUT/gentle" --max_epochs 24 --penalty -0.4 \
+    --alpha_end 0.97
+
+# Stage 2: both networks, then the ResNet alone, which costs half as much an epoch.
+LEARN="--base $BASE --distill 0.5 --penalty -1 --recalibrate"
+stage joint finetune $LEARN --pretrained "$OUT/thrifty/last.t7" --max_epochs 8 --batch_size 256 \
+    --lr 2e-4 --resnet_lr 0.1 --alpha 0.9 --alpha_end 0.95
+stage stage2 finetune $LEARN --pretrained "$OUT/joint/last.t7" --freeze_policy --max_epochs 25 \
+    --batch_size 128 --resnet_lr 0.1 --schedule cosine
 
 profile full --base "$BASE" --time
 profile stage1 --base "$BASE" --load "$OUT/stage1" --time

@@ -3,21 +3,21 @@
 # Run R32_C10.sh first, or name its results with OUT.
 MODEL=R32_C10
 . recipes/common.sh
-BASE=$OUT/base
-TRAIN="--max_epochs 12 --resnet_lr 0.05 --distill 0.5 --schedule cosine --recalibrate"
-POLICY="--pretrained $OUT/stage1/last.t7 --lr 3e-4 --alpha_end 0.98"
+LEARN="--base $OUT/base --distill 0.5 --schedule cosine --recalibrate"
+POLICY="--pretrained $OUT/stage1/last.t7 --max_epochs 8 --batch_size 256 --lr 2e-4
+    --resnet_lr 0.05 --alpha 0.9 --alpha_end 0.97"
 
 for penalty in -1 -3 -10 -30; do
-    stage "penalty$penalty" finetune --base "$BASE" $TRAIN $POLICY --penalty $penalty
+    stage "penalty$penalty" finetune $LEARN $POLICY --penalty $penalty
     profile "penalty$penalty" --load "$OUT/penalty$penalty"
 done
-stage seed1 finetune --base "$BASE" $TRAIN $POLICY --penalty -2 --penalty_end -6 --seed 1
-profile seed1 --load "$OUT/seed1"
 
+# Static policies get as many epochs as stage 2 gives the ResNet.
 for kind in first random distribute; do
     for keep in 10 7; do
-        profile "$kind$keep" --base "$BASE" --policy $kind:$keep
+        profile "$kind$keep" --base "$OUT/base" --policy $kind:$keep
     done
-    stage "${kind}7_tuned" finetune --base "$BASE" $TRAIN --policy $kind:7
+    stage "${kind}7_tuned" finetune $LEARN --policy $kind:7 --max_epochs 33 --batch_size 128 \
+        --resnet_lr 0.1
     profile "${kind}7_tuned" --load "$OUT/${kind}7_tuned"
 done
