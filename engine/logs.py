@@ -30,31 +30,34 @@ class Logs:
         self.writer: SummaryWriter | None = None
         self.start = 0.0
 
-    def open(self, done: int, goes_on: bool) -> None:
-        """Write down the options and the command; forget what came after epoch `done`."""
+    def open(self, done: int, source: Path | None) -> None:
+        """Write down the options and the command of a run that begins, or goes on after epoch
+        `done` of the one in `source`, whose figures until then come along.
+        """
         if not ranks.is_main():
             return
+        goes_on = source is not None
         with about(self.folder):
             lines = [f"{name}: {value}" for name, value in sorted(vars(self.args).items())]
             (self.folder / "args.txt").write_text("\n".join(lines) + "\n")
             with open(self.folder / "command.txt", "a" if goes_on else "w") as file:
                 file.write(shlex.join(["python", *sys.argv]) + "\n")
-            self._forget_after(done, goes_on)
+            self._keep_until(done, source)
             purge_step = done + 1 if goes_on else None
             self.writer = SummaryWriter(str(self.folder / "log"), purge_step=purge_step)
 
-    def _forget_after(self, epoch: int, goes_on: bool) -> None:
-        """Drop metrics of epochs that are about to be run again."""
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return
-        lines = path.read_text().splitlines(keepends=True) if goes_on else []
+    def _keep_until(self, epoch: int, source: Path | None) -> None:
+        """Begin metrics.jsonl with those lines of the source's that will not be written again."""
+        before = source / "metrics.jsonl" if source else None
+        lines = before.read_text().splitlines(keepends=True) if before and before.exists() else []
         kept = [
             line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch
         ]
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        path = self.folder / "metrics.jsonl"
+        if kept or path.exists():
+            partial = path.with_suffix(".tmp")
+            partial.write_text("".join(kept))
+            partial.replace(path)
 
     def close(self) -> None:
         if self.writer:

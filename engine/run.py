@@ -87,7 +87,7 @@ class Run:
             self.partial = dict(self.loaded.get("partial", {}))
             self.extras = {n: self.loaded[n] for n in ("base",) if n in self.loaded}
             self._check_place_in_epoch()
-        self.cv_dir = target
+        self.source, self.cv_dir = source, target
         self.logs = Logs(target, args)
         self.lock = None
         if ranks.is_main():
@@ -214,7 +214,7 @@ class Run:
             if ranks.is_main():
                 tqdm.write(f"{self.args.load}: all {self.args.max_epochs} epochs are done")
             return
-        self.logs.open(self.done, goes_on=bool(self.loaded))
+        self.logs.open(self.done, self.source)
         if not self.cv_dir.joinpath(checkpoint.LAST).exists():
             self.save(checkpoint.LAST)
         for epoch in range(self.done + 1, self.args.max_epochs + 1):

@@ -468,6 +468,7 @@ def test_a_restart_goes_on_from_the_newest_state(run, common, base_file, tmp_pat
         status, out, err = run("cl_training", *options, "--load", older, "--cv_dir", other,
                                "--max_epochs", epochs)  # fmt: skip
         assert status == 0 and out.startswith(f"E: {epochs} |"), err
+        assert [line["epoch"] for line in metrics(other)] == list(range(1, epochs + 1))
 
 
 def test_inside_an_epoch_the_batches_stay_as_they_were(run, common, base_file, tmp_path):
