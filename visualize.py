@@ -254,7 +254,7 @@ def published(seen: Seen) -> list[tuple[str, float, float]]:
     """The paper's points as (label, FLOPs, accuracy); FLOPs from mean blocks if need be."""
     mean = float(seen.per_block.mean())
     return [
-        (label, flops or seen.fixed + blocks * mean, accuracy)
+        (f"paper, {label}", flops or seen.fixed + blocks * mean, accuracy)
         for label, blocks, flops, accuracy in PUBLISHED.get(seen.spec.name, [])
     ]
 

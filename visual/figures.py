@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib.transforms import Bbox  # noqa: E402
 from numpy import ndarray  # noqa: E402
 
 # Okabe and Ito's colours, told apart with any colour vision
@@ -182,34 +183,53 @@ MARKERS = {
 
 def trade_off(points, unit: str) -> Figure:
     """Accuracy against cost. points: (kind, label, cost, accuracy), kinds as in MARKERS."""
-    figure, ax = plt.subplots(figsize=(6.5, 4))
+    figure, ax = plt.subplots(figsize=(6.5, 4.2))
     for kind, (marker, colour) in MARKERS.items():
         chosen = [(cost, accuracy) for k, _, cost, accuracy in points if k == kind]
         if chosen:
             ax.scatter(*zip(*chosen, strict=True), marker=marker, color=colour, label=kind, s=55,
                        zorder=3)  # fmt: skip
-    label_apart(ax, [(cost, accuracy, label) for _, label, cost, accuracy in points])
     ax.set(xlabel=unit, ylabel="accuracy")
     ax.margins(0.12)
     ax.yaxis.set_major_formatter("{x:.1%}")
     ax.grid(alpha=0.3)
-    ax.legend(loc="lower right", framealpha=0.9)
+    figure.legend(loc="outside lower center", ncols=len(MARKERS), frameon=False, fontsize=9)
+    label_apart(ax, [(cost, accuracy, label) for _, label, cost, accuracy in points])
     return figure
 
 
+SIDES = [  # offset in points, alignment
+    ((6, 4), "left", "bottom"), ((6, -4), "left", "top"), ((-6, 4), "right", "bottom"),
+    ((-6, -4), "right", "top"), ((0, 8), "center", "bottom"), ((0, -8), "center", "top"),
+    ((6, 14), "left", "bottom"), ((6, -14), "left", "top"), ((-6, 14), "right", "bottom"),
+    ((-6, -14), "right", "top"),
+]  # fmt: skip
+
+
 def label_apart(ax, points) -> None:
-    """Write labels beside their points, alternating where two would meet."""
-    placed: list[tuple[float, float]] = []
-    costs = [p[0] for p in points]
-    width = (max(costs) - min(costs)) or 1
-    accuracies = [p[1] for p in points]
-    height = (max(accuracies) - min(accuracies)) or 1
-    for cost, accuracy, label in sorted(points):
-        x, y = cost / width, accuracy / height
-        near = sum(abs(x - a) < 0.16 and abs(y - b) < 0.08 for a, b in placed)
-        placed.append((x, y))
-        offset = [(6, 5), (6, -12), (6, 16), (6, -23)][near % 4]
-        ax.annotate(label, (cost, accuracy), xytext=offset, textcoords="offset points", fontsize=8)
+    """Write labels on that side of their points where they meet the fewest others.
+
+    points: (x, y, label). The axes' limits have to be final.
+    """
+    ax.figure.draw_without_rendering()  # the layout, which says where a pixel is
+    corners = ax.transData.transform([(x, y) for x, y, _ in points])
+    taken = [Bbox([corner - 8, corner + 8]) for corner in corners]
+    frame = ax.get_window_extent()
+    for x, y, label in sorted(points):
+        best = None
+        for offset, across, along in SIDES:
+            text = ax.annotate(label, (x, y), xytext=offset, textcoords="offset points",
+                               ha=across, va=along, fontsize=8)  # fmt: skip
+            box = text.get_window_extent()
+            leaves = Bbox.union([box, frame]).bounds != frame.bounds
+            meets = box.count_overlaps(taken) + len(points) * leaves
+            if best is None or meets < best[0]:
+                if best:
+                    best[1].remove()
+                best = meets, text, box
+            else:
+                text.remove()
+        taken.append(best[2])
 
 
 PANELS = {
@@ -235,6 +255,8 @@ def curves(data, curriculum_end: int | None) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if form:
             ax.yaxis.set_major_formatter(form)
+        if name == "unique_policies":
+            ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         if curriculum_end:
             ax.axvline(curriculum_end, color=ORANGE, linestyle="--", linewidth=1,
                        label="all blocks learned")  # fmt: skip
