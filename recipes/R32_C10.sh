@@ -25,12 +25,14 @@ stage stage1 cl_training $CURRICULUM --load "$OUT/gentle" --max_epochs 20 --pena
 stage thrifty cl_training $CURRICULUM --load "$OUT/gentle" --max_epochs 24 --penalty -0.4 \
     --alpha_end 0.97
 
-# Stage 2: both networks, then the ResNet alone, which costs half as much an epoch.
+# Stage 2: both networks, until 6.9 blocks are left, then the ResNet alone.
 LEARN="--base $BASE --distill 0.5 --penalty -1 --recalibrate"
-stage joint finetune $LEARN --pretrained "$OUT/thrifty/last.t7" --max_epochs 8 --batch_size 256 \
-    --lr 2e-4 --resnet_lr 0.1 --alpha 0.9 --alpha_end 0.95
-stage stage2 finetune $LEARN --pretrained "$OUT/joint/last.t7" --freeze_policy --max_epochs 25 \
-    --batch_size 128 --resnet_lr 0.1 --schedule cosine
+stage joint finetune $LEARN --pretrained "$OUT/thrifty/last.t7" --max_epochs 4 --batch_size 256 \
+    --lr 2e-4 --resnet_lr 0.1 --alpha 0.9 --alpha_end 0.921
+ALONE="$LEARN --freeze_policy --batch_size 128 --schedule cosine"
+stage alone finetune $ALONE --pretrained "$OUT/joint/last.t7" --max_epochs 30 --resnet_lr 0.1
+stage alone2 finetune $ALONE --pretrained "$OUT/alone/last.t7" --max_epochs 20 --resnet_lr 0.05
+stage stage2 finetune $ALONE --pretrained "$OUT/alone2/last.t7" --max_epochs 20 --resnet_lr 0.05
 
 profile full --base "$BASE" --time
 profile stage1 --base "$BASE" --load "$OUT/stage1" --time

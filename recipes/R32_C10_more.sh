@@ -4,7 +4,7 @@
 MODEL=R32_C10
 . recipes/common.sh
 LEARN="--base $OUT/base --distill 0.5 --schedule cosine --recalibrate"
-POLICY="--pretrained $OUT/stage1/last.t7 --max_epochs 8 --batch_size 256 --lr 2e-4
+POLICY="--pretrained $OUT/stage1/last.t7 --max_epochs 6 --batch_size 256 --lr 2e-4
     --resnet_lr 0.05 --alpha 0.9 --alpha_end 0.97"
 
 for penalty in -1 -3 -10 -30; do
@@ -17,7 +17,7 @@ for kind in first random distribute; do
     for keep in 10 7; do
         profile "$kind$keep" --base "$OUT/base" --policy $kind:$keep
     done
-    stage "${kind}7_tuned" finetune $LEARN --policy $kind:7 --max_epochs 33 --batch_size 128 \
+    stage "${kind}7_tuned" finetune $LEARN --policy $kind:7 --max_epochs 74 --batch_size 128 \
         --resnet_lr 0.1
     profile "${kind}7_tuned" --load "$OUT/${kind}7_tuned"
 done
