@@ -1,5 +1,5 @@
 #!/bin/sh
-# Beside the main checkpoints of R32_C10: its trade-off curve, a second seed, static baselines.
+# Beside the main checkpoints of R32_C10: its trade-off curve, static baselines.
 # Run R32_C10.sh first, or name its results with OUT.
 MODEL=R32_C10
 . recipes/common.sh

@@ -216,20 +216,19 @@ def label_apart(ax, points) -> None:
     taken = [Bbox([corner - 8, corner + 8]) for corner in corners]
     frame = ax.get_window_extent()
     for x, y, label in sorted(points):
-        best = None
-        for offset, across, along in SIDES:
-            text = ax.annotate(label, (x, y), xytext=offset, textcoords="offset points",
-                               ha=across, va=along, fontsize=8)  # fmt: skip
-            box = text.get_window_extent()
+        text = ax.annotate(label, (x, y), (0, 0), textcoords="offset points", fontsize=8)
+
+        def place(side, text=text) -> Bbox:
+            text.xyann, across, along = side
+            text.set(ha=across, va=along)
+            return text.get_window_extent()
+
+        def meets(side, place=place) -> int:
+            box = place(side)
             leaves = Bbox.union([box, frame]).bounds != frame.bounds
-            meets = box.count_overlaps(taken) + len(points) * leaves
-            if best is None or meets < best[0]:
-                if best:
-                    best[1].remove()
-                best = meets, text, box
-            else:
-                text.remove()
-        taken.append(best[2])
+            return box.count_overlaps(taken) + len(points) * leaves
+
+        taken.append(place(min(SIDES, key=meets)))
 
 
 PANELS = {
