@@ -12,12 +12,12 @@ for penalty in -1 -3 -10 -30; do
     profile "penalty$penalty" --load "$OUT/penalty$penalty"
 done
 
-# Static policies get as many epochs as stage 2 gives the ResNet.
+# Static policies: as the base is, and after as many epochs as a point of the curve has.
 for kind in first random distribute; do
-    for keep in 10 7; do
+    for keep in 10 9 8 7; do
         profile "$kind$keep" --base "$OUT/base" --policy $kind:$keep
     done
-    stage "${kind}7_tuned" finetune $LEARN --policy $kind:7 --max_epochs 74 --batch_size 128 \
-        --resnet_lr 0.1
-    profile "${kind}7_tuned" --load "$OUT/${kind}7_tuned"
+    stage "${kind}8_tuned" finetune $LEARN --policy $kind:8 --max_epochs 6 --batch_size 256 \
+        --resnet_lr 0.05
+    profile "${kind}8_tuned" --load "$OUT/${kind}8_tuned"
 done
