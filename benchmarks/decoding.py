@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from measure import machine, table
 
-from engine import imagenet, options
-from engine.errors import Parser, run_script
+from engine import imagenet, options, run_script
+from engine.errors import Parser
 
 
 def parse_args() -> argparse.Namespace:

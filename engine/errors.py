@@ -1,13 +1,9 @@
 """Errors that a user can cause, told in one line."""
 
 import argparse
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
-
-from . import stopping
 
 T = TypeVar("T")
 
@@ -50,31 +46,3 @@ def named(look_up: Callable[[str], T], name: str) -> T:
         return look_up(name)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`. Exit status 2 for a user's error, 130 for Ctrl-C, 143 for SIGTERM."""
-    script = os.path.basename(sys.argv[0])
-
-    stopping.listen()
-    try:
-        main()
-    except UserError as error:
-        status = fail(script, f"{error}{told(error)}", 2)
-    except KeyboardInterrupt as error:
-        status = fail(script, f"interrupted{told(error)}", 130)
-    except stopping.Stopped as error:
-        status = fail(script, f"terminated{told(error)}", 143)
-    else:
-        status = 0
-    sys.exit(status)
-
-
-def told(error: BaseException) -> str:
-    """What the run added to an interruption on its way out, such as how to go on."""
-    return "".join(f": {note}" for note in getattr(error, "__notes__", []))
-
-
-def fail(script: str, message: str, status: int) -> int:
-    print(f"{script}: {message}", file=sys.stderr)
-    return status

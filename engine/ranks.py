@@ -30,6 +30,16 @@ def start(parallel: bool = False) -> None:
         os.execv(sys.executable, [*torchrun, processes, *sys.argv])
 
 
+def leave() -> None:
+    """Take leave of the other processes, once all have done their work.
+
+    A process that ends without is now and then aborted by gloo's threads (pytorch/pytorch#190489),
+    and torchrun starts work again that was done.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

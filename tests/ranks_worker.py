@@ -98,6 +98,7 @@ def main(micro_batch, path):
     found["evaluation"] = engine.evaluate(test_step, loader(spec, training=False), "fp32").gather()
     if ranks.is_main():
         torch.save(found, path)
+    ranks.leave()
 
 
 if __name__ == "__main__":

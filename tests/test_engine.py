@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import engine
 from engine import loop, optim, schedule, stopping
 
 
@@ -113,3 +114,14 @@ def test_a_stop_waits_for_a_step_and_for_a_file():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         stopping._requested = False
+
+
+def test_a_finished_script_has_left_its_group(tmp_path):
+    def main():
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    with pytest.raises(SystemExit) as ended:
+        engine.run_script(main)
+    assert ended.value.code == 0
+    assert not torch.distributed.is_initialized()
