@@ -191,6 +191,7 @@ def trade_off(points, unit: str) -> Figure:
                        zorder=3)  # fmt: skip
     ax.set(xlabel=unit, ylabel="accuracy")
     ax.margins(0.12)
+    ax.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # no 90.25 %, to be rounded
     ax.yaxis.set_major_formatter("{x:.1%}")
     ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(MARKERS), frameon=False, fontsize=9)
