@@ -437,10 +437,14 @@ def test_resumed_run_ends_bit_identical(
 
 
 def start(script, options):
+    def hear_interrupts():  # where a shell started the tests in the background, none are heard
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     command = [sys.executable, ROOT / f"{script}.py", *options]
     return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
-    )
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
+        preexec_fn=hear_interrupts,
+    )  # fmt: skip
 
 
 def wait_for_epoch(process, folder, epoch):
