@@ -1,7 +1,8 @@
 #!/bin/sh
-# All stages on a folder of pictures, here CIFAR-10 written out as PNG files: 23 minutes on
-# two cores with other work beside it. The base starts from nothing, so that it runs without torchvision's weights; with
-# pictures of your own leave --from_scratch, --policy_init and --image_size out.
+# All stages on a folder of pictures, here CIFAR-10 written out as PNG files: 23 minutes on two
+# cores with other work beside it. The base starts from nothing, so that it runs without
+# torchvision's weights; with pictures of your own leave --from_scratch, --policy_init and
+# --image_size out.
 MODEL=R18_Folder
 . recipes/common.sh
 PICTURES=$OUT/pictures
