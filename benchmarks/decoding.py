@@ -10,7 +10,6 @@ they are installed. One thread, interleaved, medians.
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -118,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    run_script(main)

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,14 +31,20 @@ def start(parallel: bool = False) -> None:
         os.execv(sys.executable, [*torchrun, processes, *sys.argv])
 
 
-def leave() -> None:
-    """Take leave of the other processes, once all have done their work.
+def leave(status: int) -> NoReturn:
+    """End this process; where it is one of several, without Python's own finalization.
 
-    A process that ends without is now and then aborted by gloo's threads (pytorch/pytorch#190489),
-    and torchrun starts work again that was done.
+    DistributedDataParallel holds on to the group and so to gloo's threads, which now and then abort
+    a finished process during finalization (pytorch/pytorch#179291, #190489): torchrun would start
+    work again that was done, and an exit status would be lost.
     """
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        sys.exit(status)
+    if status == 0:  # in an error the others may not be there to take leave of
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def rank() -> int:

@@ -3,18 +3,18 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from . import ranks, stopping
 from .errors import UserError
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main`. Exit status 2 for a user's error, 130 for Ctrl-C, 143 for SIGTERM."""
     script = os.path.basename(sys.argv[0])
     stopping.listen()
     try:
         main()
-        ranks.leave()
     except UserError as error:
         status = fail(script, f"{error}{told(error)}", 2)
     except KeyboardInterrupt as error:
@@ -23,7 +23,7 @@ def run_script(main: Callable[[], None]) -> None:
         status = fail(script, f"terminated{told(error)}", 143)
     else:
         status = 0
-    sys.exit(status)
+    ranks.leave(status)
 
 
 def told(error: BaseException) -> str:

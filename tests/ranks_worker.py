@@ -98,8 +98,7 @@ def main(micro_batch, path):
     found["evaluation"] = engine.evaluate(test_step, loader(spec, training=False), "fp32").gather()
     if ranks.is_main():
         torch.save(found, path)
-    ranks.leave()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) or None, sys.argv[2])
+    engine.run_script(partial(main, int(sys.argv[1]) or None, sys.argv[2]))

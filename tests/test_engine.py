@@ -3,14 +3,15 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
 import torch
 from torch import nn
 
-import engine
-from engine import loop, optim, schedule, stopping
+from engine import checkpoint, loop, optim, schedule, stopping
 
 
 def settings(**given):
@@ -116,12 +117,18 @@ def test_a_stop_waits_for_a_step_and_for_a_file():
         stopping._requested = False
 
 
-def test_a_finished_script_has_left_its_group(tmp_path):
-    def main():
-        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-
-    with pytest.raises(SystemExit) as ended:
-        engine.run_script(main)
-    assert ended.value.code == 0
-    assert not torch.distributed.is_initialized()
+@pytest.mark.parametrize("ending, status", [("pass", 0), ("raise engine.UserError('why')", 2)])
+def test_one_of_several_processes_ends_without_finalization(ending, status, tmp_path):
+    script = f"""
+import atexit, os, torch.distributed, engine
+def main():
+    store = torch.distributed.FileStore({str(tmp_path / "store")!r}, 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    atexit.register(os.abort)
+    print("done")
+    {ending}
+engine.run_script(main)
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=checkpoint.ROOT)
+    assert (result.returncode, result.stdout) == (status, "done\n"), result.stderr
