@@ -1,0 +1,34 @@
+#!/bin/sh
+# All stages of R110_C10 from nothing.
+MODEL=R110_C10
+. recipes/common.sh
+
+# A plain ResNet, then stochastic depth, so that it tolerates missing blocks.
+stage plain pretrain --max_epochs 30 --batch_size 256 --lr 0.3
+stage base pretrain --max_epochs 18 --batch_size 128 --lr 0.1 --block_drop 0.5 \
+    --pretrained "$OUT/plain"
+BASE=$OUT/base
+
+# The policy network starts from a classifier of its own size.
+stage classifier pretrain --model R8_C10 --max_epochs 25 --batch_size 256 --lr 0.4
+
+# Stage 1: all 54 blocks are learned from the sixth epoch on. Wrong predictions cost less and less,
+# which brings the policies down to fewer blocks.
+CURRICULUM="--base $BASE --samples 2 --cl_blocks 9 --policy_init $(ls "$OUT"/classifier/pk_*.t7)"
+stage gentle cl_training $CURRICULUM --max_epochs 11 --batch_size 256 --schedule cosine \
+    --beta_end 0.01 --alpha_end 0.95 --penalty -2 --penalty_end -0.4
+stage stage1 cl_training $CURRICULUM --load "$OUT/gentle" --max_epochs 14 --batch_size 128 \
+    --beta 0.01 --alpha 0.93 --alpha_end 0.9625 --penalty -0.1
+
+# Stage 2, the ResNet alone: what it lost under these policies comes back.
+stage stage2 finetune --base "$BASE" --pretrained "$OUT/stage1/last.t7" --freeze_policy \
+    --max_epochs 10 --batch_size 128 --resnet_lr 0.1 --schedule cosine --penalty -0.1 --recalibrate
+
+profile full --base "$BASE" --time
+profile stage1 --base "$BASE" --load "$OUT/stage1" --time
+profile stage2 --load "$OUT/stage2" --time
+for kind in first random distribute; do
+    profile "${kind}18" --base "$BASE" --policy $kind:18
+done
+"$PYTHON" benchmarks/summary.py "full=$OUT/full.json" "stage 1=$OUT/stage1.json" \
+    "stage 2=$OUT/stage2.json"
