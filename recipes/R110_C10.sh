@@ -24,11 +24,7 @@ stage stage1 cl_training $CURRICULUM --load "$OUT/gentle" --max_epochs 14 --batc
 stage stage2 finetune --base "$BASE" --pretrained "$OUT/stage1/last.t7" --freeze_policy \
     --max_epochs 10 --batch_size 128 --resnet_lr 0.1 --schedule cosine --penalty -0.1 --recalibrate
 
-profile full --base "$BASE" --time
-profile stage1 --base "$BASE" --load "$OUT/stage1" --time
-profile stage2 --load "$OUT/stage2" --time
+results
 for kind in first random distribute; do
     profile "${kind}18" --base "$BASE" --policy $kind:18
 done
-"$PYTHON" benchmarks/summary.py "full=$OUT/full.json" "stage 1=$OUT/stage1.json" \
-    "stage 2=$OUT/stage2.json"

@@ -34,8 +34,4 @@ stage alone finetune $ALONE --pretrained "$OUT/joint/last.t7" --max_epochs 30 --
 stage alone2 finetune $ALONE --pretrained "$OUT/alone/last.t7" --max_epochs 20 --resnet_lr 0.05
 stage stage2 finetune $ALONE --pretrained "$OUT/alone2/last.t7" --max_epochs 20 --resnet_lr 0.05
 
-profile full --base "$BASE" --time
-profile stage1 --base "$BASE" --load "$OUT/stage1" --time
-profile stage2 --load "$OUT/stage2" --time
-"$PYTHON" benchmarks/summary.py "full=$OUT/full.json" "stage 1=$OUT/stage1.json" \
-    "stage 2=$OUT/stage2.json"
+results

@@ -24,3 +24,11 @@ profile() {
     "$PYTHON" test.py --model "$MODEL" --precision "$PRECISION" --json "$OUT/$name.json" "$@"
 }
 
+# results OPTIONS...: figures of the ResNet in $BASE and of both stages in $OUT, in one table
+results() {
+    profile full --base "$BASE" --time "$@"
+    profile stage1 --base "$BASE" --load "$OUT/stage1" --time "$@"
+    profile stage2 --load "$OUT/stage2" --time "$@"
+    "$PYTHON" benchmarks/summary.py "full=$OUT/full.json" "stage 1=$OUT/stage1.json" \
+        "stage 2=$OUT/stage2.json"
+}

@@ -20,10 +20,6 @@ stage stage1 cl_training $GIVEN --base "$BASE" --policy_init none --max_epochs 1
 stage stage2 finetune $GIVEN --base "$BASE" --pretrained "$OUT/stage1/last.t7" --max_epochs 4 \
     --batch_size 64 --resnet_lr 0.005 --schedule cosine --recalibrate
 
-profile full $GIVEN --base "$BASE" --batch_size 100 --time
-profile stage1 $GIVEN --base "$BASE" --load "$OUT/stage1" --batch_size 100 --time
-profile stage2 $GIVEN --load "$OUT/stage2" --batch_size 100 --time
-"$PYTHON" benchmarks/summary.py "full=$OUT/full.json" "stage 1=$OUT/stage1.json" \
-    "stage 2=$OUT/stage2.json"
+results $GIVEN --batch_size 100
 "$PYTHON" visualize.py $GIVEN --base "$BASE" --load "$OUT/stage2" --out "$OUT/report" \
     --precision "$PRECISION" --batch_size 100
