@@ -24,15 +24,15 @@ def parse_args():
     add("--cl_blocks", type=options.count, default=1, help="blocks added each time")
     add(
         "--policy_init",
-        help="start of the policy network: a ResNet's file, resnet18 (torchvision's, what pictures "
-        "begin with) or none (what CIFAR begins with)",
+        help="start of the policy network: a ResNet's file, another policy's, resnet18 "
+        "(torchvision's, what pictures begin with) or none (what CIFAR begins with)",
     )
     add("--samples", type=options.count, default=1, help="policies sampled for each image")
     return parser.parse_args()
 
 
 def start_policy(policy_net: nn.Module, source: str) -> None:
-    """Give the policy network those weights of another ResNet that fit."""
+    """Give the policy network those weights of another ResNet that fit, or a whole policy's."""
     if source == "none":
         return
     if source == "resnet18":
@@ -40,6 +40,10 @@ def start_policy(policy_net: nn.Module, source: str) -> None:
         state = engine.published.resnet(18, way_out)
     else:
         content = engine.checkpoint.read(source)
+        if engine.checkpoint.holds_policy(content):
+            with engine.about(source):
+                models.load_policy(policy_net, engine.checkpoint.policy_weights(content, source))
+            return
         state = engine.checkpoint.resnet_weights(content, source)
     if not models.load_fitting(policy_net.features, state):
         raise UserError(f"{source}: not one tensor fits the policy network")

@@ -183,6 +183,12 @@ def resnet_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str,
     raise UserError(f"{path}: holds no ResNet (neither state_dict nor resnet)")
 
 
+def holds_policy(content: Mapping[str, Any]) -> bool:
+    """Whether a policy network is in it; other codes keep a ResNet under `net`."""
+    states = (content[key] for key in ("agent", "net") if is_state(content.get(key)))
+    return any(name.endswith("logit.bias") for state in states for name in state)
+
+
 def policy_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str, torch.Tensor]:
     """The policy network's tensors, under the released code's newer or older key."""
     for key in ("agent", "net"):

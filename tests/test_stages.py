@@ -123,6 +123,30 @@ def test_a_cifar_policy_starts_from_a_classifier(run, common, base_file, tmp_pat
     assert len(learned) == 14  # a stem and six convolutions, with their BatchNorm
 
 
+def test_a_policy_starts_from_another_on_another_base(run, common, base_file, stage_1, tmp_path):
+    torch.manual_seed(5)
+    other = tmp_path / "other.t7"
+    checkpoint.write({"state_dict": models.build("R14_C10")[0].state_dict()}, other)
+    start = named(stage_1)[1]
+    learn = ["--max_epochs", 1, "--batch_size", 120, "--lr", 1e-9, "--policy_init"]
+    status, _, err = run("cl_training", *common, "--base", other, "--cv_dir", tmp_path / "cl",
+                         *learn, start)  # fmt: skip
+    assert status == 0, err
+    agent, source = checkpoint.read(tmp_path / "cl")["agent"], checkpoint.read(start)["agent"]
+    learned = [name for name in source if name.endswith(("weight", "logit.bias"))]
+    assert len(learned) == 17
+    for name in learned:
+        torch.testing.assert_close(agent[name], source[name], rtol=0, atol=1e-6)
+    assert checkpoint.read(tmp_path / "cl")["base"] != checkpoint.read(start)["base"]
+
+    torch.manual_seed(0)
+    deeper = models.build("R26_C10")[1].state_dict()
+    checkpoint.write({"agent": deeper, "model": "R26_C10"}, tmp_path / "deeper.t7")
+    status, _, err = run("cl_training", *common, "--base", base_file, "--cv_dir", tmp_path / "no",
+                         *learn, tmp_path / "deeper.t7")  # fmt: skip
+    assert status == 2 and "deeper.t7" in err and "logit" in err
+
+
 def test_the_resnet_is_frozen_in_stage_1_and_learns_in_stage_2(
     run, common, base_file, stage_1, tmp_path
 ):
