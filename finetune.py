@@ -36,6 +36,7 @@ def parse_args():
         default=0.0,
         help="weight of learning the classes from the full base ResNet, out of 1 with the labels",
     )
+    add("--teacher", help="another full ResNet for --distill to learn from")
     add(
         "--freeze_policy",
         action="store_true",
@@ -55,6 +56,8 @@ def parse_args():
         raise UserError("--policy takes no policy network: leave --pretrained out")
     if args.freeze_policy and args.policy:
         raise UserError("--policy takes no policy network: leave --freeze_policy out")
+    if args.teacher and not args.distill:
+        raise UserError("nothing is learned from --teacher: give --distill a weight")
     return args
 
 
@@ -75,9 +78,12 @@ def load_start(run: engine.Run, resnet: models.ResNet, policy_net: models.Policy
 
 
 def load_teacher(run: engine.Run) -> nn.Module:
-    """The full base ResNet, deployed: images (B, 3, H, W) to logits."""
+    """The full base ResNet, or --teacher, deployed: images (B, 3, H, W) to logits."""
     teacher, _ = models.build(run.args.model, run.spec.num_classes)
-    run.load_base(teacher, models.load_resnet)
+    if run.args.teacher:
+        engine.checkpoint.load_base(run.spec, run.args.teacher, teacher, models.load_resnet)
+    else:
+        run.load_base(teacher, models.load_resnet)
     run.place(teacher)
     return models.deploy(teacher, dtype=engine.device.dtype(run.args.precision))[0]
 

@@ -26,12 +26,19 @@ stage thrifty cl_training $CURRICULUM --load "$OUT/gentle" --max_epochs 24 --pen
     --alpha_end 0.97
 
 # Stage 2: both networks, until 6.9 blocks are left, then the ResNet alone.
-LEARN="--base $BASE --distill 0.5 --penalty -1 --recalibrate"
-stage joint finetune $LEARN --pretrained "$OUT/thrifty/last.t7" --max_epochs 4 --batch_size 256 \
-    --lr 2e-4 --resnet_lr 0.1 --alpha 0.9 --alpha_end 0.921
+LEARN="--distill 0.5 --teacher $BASE --penalty -1 --recalibrate"
+stage joint finetune $LEARN --base "$BASE" --pretrained "$OUT/thrifty/last.t7" --max_epochs 4 \
+    --batch_size 256 --lr 2e-4 --resnet_lr 0.1 --alpha 0.9 --alpha_end 0.921
 ALONE="$LEARN --freeze_policy --batch_size 128 --schedule cosine"
 stage alone finetune $ALONE --pretrained "$OUT/joint/last.t7" --max_epochs 30 --resnet_lr 0.1
 stage alone2 finetune $ALONE --pretrained "$OUT/alone/last.t7" --max_epochs 20 --resnet_lr 0.05
-stage stage2 finetune $ALONE --pretrained "$OUT/alone2/last.t7" --max_epochs 20 --resnet_lr 0.05
+stage alone3 finetune $ALONE --pretrained "$OUT/alone2/last.t7" --max_epochs 20 --resnet_lr 0.05
+
+# Then the policy alone, on the ResNet that has adapted to it, and the ResNet once more.
+TUNED=$OUT/alone3/last.t7
+stage again cl_training --base "$TUNED" --policy_init "$TUNED" --max_epochs 2 --batch_size 128 \
+    --samples 2 --cl_step 15 --lr 5e-4 --penalty -5 --alpha 0.96 --alpha_end 0.98 --beta 0.01
+stage stage2 finetune $ALONE --base "$TUNED" --pretrained "$OUT/again/last.t7" --max_epochs 10 \
+    --resnet_lr 0.05
 
 results

@@ -123,13 +123,21 @@ def test_a_cifar_policy_starts_from_a_classifier(run, common, base_file, tmp_pat
     assert len(learned) == 14  # a stem and six convolutions, with their BatchNorm
 
 
-def test_a_policy_starts_from_another_on_another_base(run, common, base_file, stage_1, tmp_path):
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory):
+    """A ResNet of the same shape as base_file's, with weights of its own."""
     torch.manual_seed(5)
-    other = tmp_path / "other.t7"
-    checkpoint.write({"state_dict": models.build("R14_C10")[0].state_dict()}, other)
+    path = tmp_path_factory.mktemp("other") / "other.t7"
+    checkpoint.write({"state_dict": models.build(TINY)[0].state_dict()}, path)
+    return path
+
+
+def test_a_policy_starts_from_another_on_another_base(
+    run, common, base_file, other_base, stage_1, tmp_path
+):
     start = named(stage_1)[1]
     learn = ["--max_epochs", 1, "--batch_size", 120, "--lr", 1e-9, "--policy_init"]
-    status, _, err = run("cl_training", *common, "--base", other, "--cv_dir", tmp_path / "cl",
+    status, _, err = run("cl_training", *common, "--base", other_base, "--cv_dir", tmp_path / "cl",
                          *learn, start)  # fmt: skip
     assert status == 0, err
     agent, source = checkpoint.read(tmp_path / "cl")["agent"], checkpoint.read(start)["agent"]
@@ -345,6 +353,26 @@ def test_distilling_adds_the_teacher_to_the_labels(networks):
     torch.testing.assert_close(loss, 0.75 * cross_entropy + 0.25 * agreement)
     plain = finetune.task_loss(logits, images, labels, step_args())
     torch.testing.assert_close(plain, cross_entropy)
+
+
+def test_another_teacher_than_the_base(run, common, base_file, other_base, stage_1, tmp_path):
+    options = [*options_of("finetune", common, base_file, stage_1), "--max_epochs", 1]
+    learned = {}
+    for name, teacher in (
+        ("none", []),
+        ("base", ["--teacher", base_file]),
+        ("other", ["--teacher", other_base]),
+    ):
+        status, _, err = run("finetune", *options, "--cv_dir", tmp_path / name,
+                             "--distill", 0.9, *teacher)  # fmt: skip
+        assert status == 0, err
+        learned[name] = trained(tmp_path / name)
+    weights = {name: content["resnet"]["fc.weight"] for name, content in learned.items()}
+    assert torch.equal(weights["none"], weights["base"])
+    assert not torch.equal(weights["other"], weights["base"])
+    assert learned["none"]["base"] == learned["other"]["base"]
+    status, _, err = run("finetune", *options, "--cv_dir", tmp_path, "--teacher", other_base)
+    assert status == 2 and "--distill" in err
 
 
 def test_stage_2_loss_is_the_equations(networks):
