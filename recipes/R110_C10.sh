@@ -22,19 +22,21 @@ stage stage1 cl_training $CURRICULUM --load "$OUT/gentle" --max_epochs 14 --batc
 
 # Stage 2, the ResNet alone: what it lost under these policies comes back.
 ALONE="--freeze_policy --batch_size 128 --resnet_lr 0.1 --schedule cosine --recalibrate"
-stage alone finetune $ALONE --base "$BASE" --pretrained "$OUT/stage1/last.t7" --max_epochs 10 \
+stage stage2 finetune $ALONE --base "$BASE" --pretrained "$OUT/stage1/last.t7" --max_epochs 10 \
     --penalty -0.1
 
 # Then the policy alone, on the ResNet that has adapted to it, and the ResNet once more.
-TUNED=$OUT/alone/last.t7
+TUNED=$OUT/stage2/last.t7
 AGAIN="cl_training --base $TUNED --batch_size 128 --samples 2 --cl_step 54 --lr 5e-4 --beta 0.01"
 stage again $AGAIN --policy_init "$TUNED" --max_epochs 2 --penalty -2 --alpha 0.96 --alpha_end 0.98
 stage again2 $AGAIN --load "$OUT/again" --max_epochs 3 --penalty -2 --alpha 0.98
 stage again3 $AGAIN --load "$OUT/again2" --max_epochs 4 --penalty -1 --alpha 0.98
-stage stage2 finetune $ALONE --base "$TUNED" --pretrained "$OUT/again3/last.t7" --max_epochs 28 \
+stage final finetune $ALONE --base "$TUNED" --pretrained "$OUT/again3/last.t7" --max_epochs 28 \
     --penalty -1
 
 results
+profile again --base "$TUNED" --load "$OUT/again3" --time
+profile final --load "$OUT/final" --time
 for kind in first random distribute; do
     profile "${kind}18" --base "$BASE" --policy $kind:18
 done

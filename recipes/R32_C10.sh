@@ -32,13 +32,15 @@ stage joint finetune $LEARN --base "$BASE" --pretrained "$OUT/thrifty/last.t7" -
 ALONE="$LEARN --freeze_policy --batch_size 128 --schedule cosine"
 stage alone finetune $ALONE --pretrained "$OUT/joint/last.t7" --max_epochs 30 --resnet_lr 0.1
 stage alone2 finetune $ALONE --pretrained "$OUT/alone/last.t7" --max_epochs 20 --resnet_lr 0.05
-stage alone3 finetune $ALONE --pretrained "$OUT/alone2/last.t7" --max_epochs 20 --resnet_lr 0.05
+stage stage2 finetune $ALONE --pretrained "$OUT/alone2/last.t7" --max_epochs 20 --resnet_lr 0.05
 
 # Then the policy alone, on the ResNet that has adapted to it, and the ResNet once more.
-TUNED=$OUT/alone3/last.t7
+TUNED=$OUT/stage2/last.t7
 stage again cl_training --base "$TUNED" --policy_init "$TUNED" --max_epochs 2 --batch_size 128 \
     --samples 2 --cl_step 15 --lr 5e-4 --penalty -5 --alpha 0.96 --alpha_end 0.98 --beta 0.01
-stage stage2 finetune $ALONE --base "$TUNED" --pretrained "$OUT/again/last.t7" --max_epochs 10 \
+stage final finetune $ALONE --base "$TUNED" --pretrained "$OUT/again/last.t7" --max_epochs 10 \
     --resnet_lr 0.05
 
 results
+profile again --base "$TUNED" --load "$OUT/again" --time
+profile final --load "$OUT/final" --time
