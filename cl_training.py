@@ -40,7 +40,7 @@ def start_policy(policy_net: nn.Module, source: str) -> None:
         state = engine.published.resnet(18, way_out)
     else:
         content = engine.checkpoint.read(source)
-        if engine.checkpoint.holds_policy(content):
+        if engine.checkpoint.policy_bias(content) is not None:
             with engine.about(source):
                 models.load_policy(policy_net, engine.checkpoint.policy_weights(content, source))
             return

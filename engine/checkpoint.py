@@ -183,12 +183,6 @@ def resnet_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str,
     raise UserError(f"{path}: holds no ResNet (neither state_dict nor resnet)")
 
 
-def holds_policy(content: Mapping[str, Any]) -> bool:
-    """Whether a policy network is in it; other codes keep a ResNet under `net`."""
-    states = (content[key] for key in ("agent", "net") if is_state(content.get(key)))
-    return any(name.endswith("logit.bias") for state in states for name in state)
-
-
 def policy_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str, torch.Tensor]:
     """The policy network's tensors, under the released code's newer or older key."""
     for key in ("agent", "net"):
@@ -212,10 +206,17 @@ def read_for(spec: Spec, path: str | Path) -> dict[str, Any]:
     return content
 
 
+def policy_bias(content: Mapping[str, Any]) -> torch.Tensor | None:
+    """The bias of a policy network's head, one number a block; None where there is no such network,
+    as in files of other codes, which keep a ResNet under `net`.
+    """
+    policy = content.get("agent") or content.get("net") or {}
+    return next((t for n, t in policy.items() if n.endswith("logit.bias")), None)
+
+
 def blocks_of(content: Mapping[str, Any]) -> int:
     """The number of residual blocks that a checkpoint's tensors show; 0 where they show none."""
-    policy = content.get("agent") or content.get("net") or {}
-    bias = next((t for n, t in policy.items() if n.endswith("logit.bias")), None)
+    bias = policy_bias(content)
     if bias is not None:
         return bias.numel()
     names = content.get("state_dict") or content.get("resnet") or content

@@ -43,9 +43,9 @@ def base_file(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("base") / "pk_E_1_A_0.100.t7")
 
 
-def write_base(path):
+def write_base(path, seed=1):
     """A random ResNet as a pretrained file."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     resnet, _ = models.build(TINY)
     engine.checkpoint.write({"state_dict": resnet.state_dict()}, path)
     return path

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, script_module
+from conftest import TINY, script_module, write_base
 from faults import same
 
 import models
@@ -126,10 +126,7 @@ def test_a_cifar_policy_starts_from_a_classifier(run, common, base_file, tmp_pat
 @pytest.fixture(scope="module")
 def other_base(tmp_path_factory):
     """A ResNet of the same shape as base_file's, with weights of its own."""
-    torch.manual_seed(5)
-    path = tmp_path_factory.mktemp("other") / "other.t7"
-    checkpoint.write({"state_dict": models.build(TINY)[0].state_dict()}, path)
-    return path
+    return write_base(tmp_path_factory.mktemp("other") / "other.t7", seed=5)
 
 
 def test_a_policy_starts_from_another_on_another_base(
