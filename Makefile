@@ -1,7 +1,7 @@
 # make demo: the whole method on real CIFAR-10, on a CPU, within 15 minutes
 # make test: style and tests
 # make reproduce MODEL=R32_C10: the chain of trainings in recipes/R32_C10.sh, hours on a CPU; SEED=1
-# for another seed
+# for another seed, SUBSET=64 to rehearse it on as few images
 # Each sets up everything it needs in .venv first.
 
 PYTHON ?= python3

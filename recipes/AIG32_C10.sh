@@ -8,5 +8,6 @@ BASE=${BASE:-cv/pretrained/R32_C10}
 for target in 0.6 0.4; do
     stage "target$target" aig_training --pretrained "$BASE" --target $target --max_epochs 12 \
         --batch_size 128 --lr 0.05 --schedule cosine
-    profile "target$target" --load "$OUT/target$target" --time
+    profile "target$target" --load "$OUT/target$target"
 done
+table

@@ -34,9 +34,10 @@ stage again3 $AGAIN --load "$OUT/again2" --max_epochs 4 --penalty -1 --alpha 0.9
 stage final finetune $ALONE --base "$TUNED" --pretrained "$OUT/again3/last.t7" --max_epochs 28 \
     --penalty -1
 
-results
-profile again --base "$TUNED" --load "$OUT/again3" --time
-profile final --load "$OUT/final" --time
+stages
+profile again --base "$TUNED" --load "$OUT/again3"
+profile final --load "$OUT/final"
 for kind in first random distribute; do
     profile "${kind}18" --base "$BASE" --policy $kind:18
 done
+table

@@ -41,6 +41,7 @@ stage again cl_training --base "$TUNED" --policy_init "$TUNED" --max_epochs 2 --
 stage final finetune $ALONE --base "$TUNED" --pretrained "$OUT/again/last.t7" --max_epochs 10 \
     --resnet_lr 0.05
 
-results
-profile again --base "$TUNED" --load "$OUT/again" --time
-profile final --load "$OUT/final" --time
+stages
+profile again --base "$TUNED" --load "$OUT/again"
+profile final --load "$OUT/final"
+table

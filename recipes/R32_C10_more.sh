@@ -21,3 +21,4 @@ for kind in first random distribute; do
         --resnet_lr 0.05
     profile "${kind}8_tuned" --load "$OUT/${kind}8_tuned"
 done
+table

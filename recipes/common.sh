@@ -4,8 +4,9 @@ set -eu
 PYTHON=${PYTHON:-python}
 # bfloat16 halves the time where the processor multiplies it in hardware, and only there
 PRECISION=${PRECISION:-$(grep -qs bf16 /proc/cpuinfo && echo bf16 || echo fp32)}
-# another SEED has a directory of its own
-OUT=${OUT:-cv/reproduce/$MODEL${SEED:+_seed$SEED}}
+# another SEED has a directory of its own, and so has a rehearsal on the first SUBSET images
+OUT=${OUT:-cv/reproduce/$MODEL${SEED:+_seed$SEED}${SUBSET:+_subset$SUBSET}}
+ROWS=
 
 # stage NAME SCRIPT OPTIONS...: one training, into $OUT/NAME
 stage() {
@@ -13,22 +14,28 @@ stage() {
     shift 2
     echo "== $name"
     "$PYTHON" "$script.py" --model "$MODEL" --precision "$PRECISION" --seed "${SEED:-0}" \
-        --cv_dir "$OUT/$name" --resume "$@"
+        --cv_dir "$OUT/$name" --resume ${SUBSET:+--subset "$SUBSET"} "$@"
 }
 
-# profile NAME OPTIONS...: test.py's figures, into $OUT/NAME.json
+# profile NAME OPTIONS...: test.py's figures, into $OUT/NAME.json and the next table
 profile() {
     name=$1
     shift
     echo "== $name"
-    "$PYTHON" test.py --model "$MODEL" --precision "$PRECISION" --json "$OUT/$name.json" "$@"
+    "$PYTHON" test.py --model "$MODEL" --precision "$PRECISION" --json "$OUT/$name.json" --time \
+        ${SUBSET:+--subset "$SUBSET"} "$@"
+    ROWS="$ROWS $name=$OUT/$name.json"
 }
 
-# results OPTIONS...: figures of the ResNet in $BASE and of both stages in $OUT, in one table
-results() {
-    profile full --base "$BASE" --time "$@"
-    profile stage1 --base "$BASE" --load "$OUT/stage1" --time "$@"
-    profile stage2 --load "$OUT/stage2" --time "$@"
-    "$PYTHON" benchmarks/summary.py "full=$OUT/full.json" "stage 1=$OUT/stage1.json" \
-        "stage 2=$OUT/stage2.json"
+# stages OPTIONS...: figures of the ResNet in $BASE and of both stages in $OUT
+stages() {
+    profile full --base "$BASE" "$@"
+    profile stage1 --base "$BASE" --load "$OUT/stage1" "$@"
+    profile stage2 --load "$OUT/stage2" "$@"
+}
+
+# table: everything profiled so far
+table() {
+    "$PYTHON" benchmarks/summary.py $ROWS
+    ROWS=
 }

@@ -20,6 +20,7 @@ stage stage1 cl_training $GIVEN --base "$BASE" --policy_init none --max_epochs 1
 stage stage2 finetune $GIVEN --base "$BASE" --pretrained "$OUT/stage1/last.t7" --max_epochs 4 \
     --batch_size 64 --resnet_lr 0.005 --schedule cosine --recalibrate
 
-results $GIVEN --batch_size 100
+stages $GIVEN --batch_size 100
+table
 "$PYTHON" visualize.py $GIVEN --base "$BASE" --load "$OUT/stage2" --out "$OUT/report" \
     --precision "$PRECISION" --batch_size 100
