@@ -34,10 +34,29 @@ stage again3 $AGAIN --load "$OUT/again2" --max_epochs 4 --penalty -1 --alpha 0.9
 stage final finetune $ALONE --base "$TUNED" --pretrained "$OUT/again3/last.t7" --max_epochs 28 \
     --penalty -1
 
+# A third time both, now with a teacher: the base after more epochs that drop fewer blocks.
+stage base2 pretrain --max_epochs 13 --batch_size 128 --lr 0.1 --block_drop 0.2 --pretrained "$BASE"
+FINAL=$OUT/final/last.t7
+stage policy3 cl_training --base "$FINAL" --policy_init "$FINAL" --batch_size 128 --samples 2 \
+    --cl_step 54 --lr 5e-4 --beta 0.01 --max_epochs 3 --penalty -1 --alpha 0.96 --alpha_end 0.98
+stage resnet3 finetune $ALONE --base "$FINAL" --pretrained "$OUT/policy3/last.t7" --penalty -1 \
+    --max_epochs 18 --distill 0.5 --teacher "$OUT/base2"
+
+# Static policies of as many blocks as stages 1 and 2 keep: on the base, and after as many epochs as
+# stage 2 has.
+for kind in first random distribute; do
+    stage "${kind}18_tuned" finetune --base "$BASE" --policy $kind:18 --max_epochs 10 \
+        --batch_size 128 --resnet_lr 0.1 --schedule cosine --recalibrate
+done
+
 stages
 profile again --base "$TUNED" --load "$OUT/again3"
 profile final --load "$OUT/final"
+profile base2 --base "$OUT/base2"
+profile policy3 --base "$FINAL" --load "$OUT/policy3"
+profile resnet3 --load "$OUT/resnet3"
 for kind in first random distribute; do
     profile "${kind}18" --base "$BASE" --policy $kind:18
+    profile "${kind}18_tuned" --load "$OUT/${kind}18_tuned"
 done
 table
