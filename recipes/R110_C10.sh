@@ -40,7 +40,7 @@ FINAL=$OUT/final/last.t7
 stage policy3 cl_training --base "$FINAL" --policy_init "$FINAL" --batch_size 128 --samples 2 \
     --cl_step 54 --lr 5e-4 --beta 0.01 --max_epochs 3 --penalty -1 --alpha 0.96 --alpha_end 0.98
 stage resnet3 finetune $ALONE --base "$FINAL" --pretrained "$OUT/policy3/last.t7" --penalty -1 \
-    --max_epochs 18 --distill 0.5 --teacher "$OUT/base2"
+    --max_epochs 9 --distill 0.9 --teacher "$OUT/base2"
 
 # Static policies of as many blocks as stages 1 and 2 keep: on the base, and after as many epochs as
 # stage 2 has.
