@@ -21,6 +21,7 @@ for kind in first random distribute; do
         --resnet_lr 0.05
     profile "${kind}8_tuned" --load "$OUT/${kind}8_tuned"
 done
+
 # One static policy for as long as the recipe trains the ResNet alone in its first round.
 stage distribute7_long finetune $LEARN --policy distribute:7 --max_epochs 30 --batch_size 128 \
     --resnet_lr 0.1
