@@ -37,5 +37,4 @@ stages() {
 # table: everything profiled so far
 table() {
     "$PYTHON" benchmarks/summary.py $ROWS
-    ROWS=
 }

@@ -1,15 +1,15 @@
 """The recipes' commands: known options, and files that an earlier command has written."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import script_module
 
-ROOT = Path(__file__).parent.parent
+from engine.checkpoint import ROOT
+
 RECIPES = ["R32_C10", "R110_C10", "R32_C10_more", "AIG32_C10", "folder"]
 
 # Takes Python's place: notes a command and which of its files are not there, and leaves those that
@@ -64,7 +64,7 @@ def test_recipe(recipe, commands, monkeypatch):
         assert not missing, arguments
         if "--model" in arguments:
             monkeypatch.setattr(sys, "argv", arguments)
-            importlib.import_module(arguments[0].removesuffix(".py")).parse_args()
+            script_module(arguments[0].removesuffix(".py")).parse_args()
 
 
 def test_rehearsal(commands, monkeypatch):
