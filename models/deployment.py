@@ -5,6 +5,7 @@ and relu that end a block run inside its last convolution where the backend has 
 (oneDNN on the CPU). A block writes over the rows that keep it, so the others are not touched.
 """
 
+from collections.abc import Container
 from copy import deepcopy
 from functools import partial
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from . import capabilities
 from .aig import CLOSED, OPEN, Gate, GatedResNet
 from .execution import as_images, as_rows, kept_rows, shared_prefix
-from .policy import PolicyNet
-from .resnet import ResNet
+from .policy import PolicyAtPenalty, PolicyNet, choose
+from .resnet import BasicBlock, Bottleneck, PoolAndPad, ResNet
 
 # Images that pass through the network together on a CPU: few make the overhead of a call weigh,
 # many leave the cache (benchmarks/README.md has the figures). A GPU takes the whole batch.
@@ -25,23 +27,26 @@ CPU_CHUNK = 512
 
 def deploy(
     resnet: ResNet | GatedResNet,
-    policy_net: PolicyNet | None = None,
+    policy_net: PolicyNet | PolicyAtPenalty | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple["DeployedResNet | DeployedGatedResNet", "DeployedPolicy | None"]:
     """Inference-only copies of both networks on their device, weights and activations in `dtype`.
 
-    They are called like the originals and return float32, or float64 when `dtype` is that. Later
-    changes of the originals do not reach them.
+    They are called like the originals and return float32, or float64 when `dtype` is that, under
+    autocast as well. Later changes of the originals do not reach them. Raises ValueError naming a
+    module that they have no twin for.
     """
     with torch.no_grad():
         if isinstance(resnet, GatedResNet):
             return DeployedGatedResNet(resnet, dtype), None
+        if isinstance(policy_net, PolicyAtPenalty):
+            return DeployedResNet(resnet, dtype), DeployedPolicyAtPenalty(policy_net, dtype)
         return DeployedResNet(resnet, dtype), policy_net and DeployedPolicy(policy_net, dtype)
 
 
-# what torch.compile emits for frozen networks: convolution and activation in one kernel
-fused_conv = torch.ops.mkldnn._convolution_pointwise.default
-fused_conv_add = torch.ops.mkldnn._convolution_pointwise_.binary
+# oneDNN orders weights for the batch that they will meet. With AVX2 an order for one image is up to
+# seven times slower on ten, the other way round up to twenty times; one for this many serves all.
+PACKED_BATCH = 16
 
 
 class Conv:
@@ -53,27 +58,48 @@ class Conv:
         self.weight = folded.weight.detach().contiguous(memory_format=torch.channels_last)
         self.bias = folded.bias.detach()
         self.geometry = (list(conv.padding), list(conv.stride), [1, 1], 1)
-        self.onednn = conv.weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-        if self.onednn:  # into the layout that its kernels read
-            self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry)
+        self.onednn = conv.weight.device.type == "cpu" and capabilities.fused_convolutions(dtype)
+        self.packed: dict[tuple[int, ...], Tensor] = {}
+        self.threads = 0
+
+    def weight_for(self, x: Tensor) -> Tensor:
+        """The weight as oneDNN's kernels read it, made at the first batch of this kind.
+
+        A packing holds for one number of threads as well: another costs a reordering a call.
+        """
+        threads = torch.get_num_threads()
+        if threads != self.threads:
+            self.packed, self.threads = {}, threads
+        size = (1 if len(x) == 1 else PACKED_BATCH, *x.shape[1:])
+        if size not in self.packed:
+            self.packed[size] = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, *self.geometry, size
+            )
+        return self.packed[size]
 
     def plain(self, x: Tensor) -> Tensor:
         if self.onednn:
-            return fused_conv(x, self.weight, self.bias, *self.geometry, "none", [], "")
+            return self.fused(x, "none")
         padding, stride, _, _ = self.geometry
         return F.conv2d(x, self.weight, self.bias, stride, padding)
 
     def relu(self, x: Tensor) -> Tensor:
         """relu(conv(x))."""
-        if self.onednn:
-            return fused_conv(x, self.weight, self.bias, *self.geometry, "relu", [], "")
-        return self.plain(x).relu_()
+        return self.fused(x, "relu") if self.onednn else self.plain(x).relu_()
+
+    def fused(self, x: Tensor, activation: str) -> Tensor:
+        """Convolution and activation in one kernel, as torch.compile emits for frozen networks."""
+        weight = self.weight_for(x)
+        return torch.ops.mkldnn._convolution_pointwise.default(
+            x, weight, self.bias, *self.geometry, activation, [], ""
+        )
 
     def add_relu(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """relu(shortcut + conv(x)), written over `shortcut`."""
         if self.onednn:
-            return fused_conv_add(
-                shortcut, x, self.weight, self.bias, *self.geometry, "add", 1.0, "relu", [], ""
+            weight = self.weight_for(x)
+            return torch.ops.mkldnn._convolution_pointwise_.binary(
+                shortcut, x, weight, self.bias, *self.geometry, "add", 1.0, "relu", [], ""
             )
         return shortcut.add_(self.plain(x)).relu_()
 
@@ -98,11 +124,23 @@ class Batch:
         self.matrix.index_put_((rows,), kept.matrix)
 
 
+def refuse_unknown(module: nn.Module, known: Container[str], what: str) -> None:
+    """A part that a twin would leave out, or a network of another kind, is an error at once."""
+    for name, child in module.named_children():
+        if name not in known:
+            kind = type(child).__name__
+            raise ValueError(f"deploy does not know {name} ({kind}) of {what}")
+
+
 class Block:
     """A residual block and its shortcut."""
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module, dtype: torch.dtype):
-        count = sum(name.startswith("conv") for name, _ in branch.named_children())
+        if not isinstance(branch, (BasicBlock, Bottleneck)):
+            raise ValueError(f"deploy does not know blocks of {type(branch).__name__}")
+        count = 2 if isinstance(branch, BasicBlock) else 3
+        known = {f"{part}{i}" for part in ("conv", "bn") for i in range(1, count + 1)}
+        refuse_unknown(branch, known, f"a {type(branch).__name__}")
         self.convs = [
             Conv(getattr(branch, f"conv{i}"), getattr(branch, f"bn{i}"), dtype)
             for i in range(1, count + 1)
@@ -110,7 +148,10 @@ class Block:
         self.is_identity = isinstance(shortcut, nn.Identity)
         self.shortcut = shortcut
         if isinstance(shortcut, nn.Sequential):
+            refuse_unknown(shortcut, ("0", "1"), "a shortcut")
             self.shortcut = Conv(*shortcut, dtype).plain
+        elif not isinstance(shortcut, (nn.Identity, PoolAndPad)):
+            raise ValueError(f"deploy does not know shortcuts of {type(shortcut).__name__}")
 
     def run(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """relu(shortcut + F(x)), written over `shortcut`, which may be x itself."""
@@ -156,6 +197,8 @@ class DeployedResNet(nn.Module):
 
     def __init__(self, resnet: ResNet, dtype: torch.dtype):
         super().__init__()
+        known = ("conv1", "bn1", "stem_pool", "blocks", "ds", "fc")
+        refuse_unknown(resnet, known, f"a {type(resnet).__name__}")
         self.num_blocks, self.dtype = resnet.num_blocks, dtype
         self.wide = torch.promote_types(dtype, torch.float32)  # of pooling and everything after
         self.conv1 = Conv(resnet.conv1, resnet.bn1, dtype)
@@ -215,7 +258,10 @@ class DeployedResNet(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         x = x.mean((2, 3), dtype=self.wide)
-        return x if self.fc is None else F.linear(x, *self.fc)
+        if self.fc is None:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, *self.fc)
 
 
 class DeployedPolicy(nn.Module):
@@ -223,7 +269,8 @@ class DeployedPolicy(nn.Module):
 
     def __init__(self, policy_net: PolicyNet, dtype: torch.dtype):
         super().__init__()
-        self.num_blocks = policy_net.num_blocks
+        refuse_unknown(policy_net, ("shrink", "features", "logit", "vnet"), "a policy network")
+        self.num_blocks, self.size = policy_net.num_blocks, policy_net.size
         self.shrink = policy_net.shrink
         self.features = DeployedResNet(policy_net.features, dtype)
         self.logit = linear(policy_net.logit, self.features.wide)
@@ -233,13 +280,34 @@ class DeployedPolicy(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `PolicyNet.forward`."""
         x = self.features(self.shrink(x))
-        return torch.sigmoid(F.linear(x, *self.logit)), F.linear(x, *self.vnet)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.sigmoid(F.linear(x, *self.logit)), F.linear(x, *self.vnet)
+
+
+class DeployedPolicyAtPenalty(nn.Module):
+    """The inference-only twin of a `PolicyAtPenalty`; its penalty may be set anew as well."""
+
+    def __init__(self, policy: PolicyAtPenalty, dtype: torch.dtype):
+        super().__init__()
+        self.num_blocks, self.size, self.penalty = policy.num_blocks, policy.size, policy.penalty
+        self.shrink = policy.shrink
+        self.features = DeployedResNet(policy.features, dtype)
+        self.correctness = deepcopy(policy.correctness)
+        self.linear = linear(policy.correctness.linear, self.features.wide)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `PolicyAtPenalty.forward`."""
+        x = self.features(self.shrink(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return choose(F.linear(x, *self.linear), self)
 
 
 class DeployedGate:
     """A gate's inference-only twin: (B, C, H, W) to (B,) bool."""
 
     def __init__(self, gate: Gate, dtype: torch.dtype):
+        refuse_unknown(gate, ("fc1", "fc1bn", "fc2"), "a gate")
         gate = deepcopy(gate).eval()
         self.wide = torch.promote_types(dtype, torch.float32)
         self.hidden = linear(fuse_linear_bn_eval(gate.fc1, gate.fc1bn), self.wide)
@@ -247,8 +315,9 @@ class DeployedGate:
         self.weight, self.bias = weight[OPEN] - weight[CLOSED], bias[OPEN] - bias[CLOSED]
 
     def __call__(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x.mean((2, 3), dtype=self.wide), *self.hidden).relu_()
-        return torch.mv(hidden, self.weight) > -self.bias
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = F.linear(x.mean((2, 3), dtype=self.wide), *self.hidden).relu_()
+            return torch.mv(hidden, self.weight) > -self.bias
 
 
 class DeployedGatedResNet(nn.Module):
@@ -256,6 +325,7 @@ class DeployedGatedResNet(nn.Module):
 
     def __init__(self, net: GatedResNet, dtype: torch.dtype):
         super().__init__()
+        refuse_unknown(net, ("resnet", "gates"), "a GatedResNet")
         self.num_blocks = net.num_blocks
         self.resnet = DeployedResNet(net.resnet, dtype)
         self.gates = [

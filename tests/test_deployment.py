@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_models import random_norms
+from torch import nn
 
 import models
 from models import deployment
@@ -79,3 +80,48 @@ def test_the_input_is_left_as_it_was():
     before = x.clone()
     fast(x, torch.ones(4, 6)), fast(x)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    "where, name",
+    [
+        (lambda resnet, policy_net: resnet.blocks[0][1], "se"),
+        (lambda resnet, policy_net: resnet, "dropout"),
+        (lambda resnet, policy_net: policy_net, "attention"),
+        (lambda resnet, policy_net: policy_net.features.blocks[0][0], "extra"),
+    ],
+)
+def test_a_module_without_a_twin_is_refused_by_name(where, name):
+    pair = models.build("R14_C10")
+    where(*pair).add_module(name, nn.Conv2d(16, 16, 1))
+    with pytest.raises(ValueError, match=f"does not know {name} .Conv2d"):
+        models.deploy(*pair)
+
+
+def test_a_shortcut_or_gate_without_a_twin_is_refused():
+    resnet, _ = models.build("R14_C10")
+    resnet.ds[1] = nn.Conv2d(16, 32, 1, 2)
+    with pytest.raises(ValueError, match="shortcuts of Conv2d"):
+        models.deploy(resnet)
+    gated, _ = models.build("AIG14_C10")
+    gated.gates[2].add_module("fc3", nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="does not know fc3"):
+        models.deploy(gated)
+
+
+@pytest.mark.parametrize("name", ["R14_C10", "AIG14_C10"])
+@pytest.mark.parametrize("deployed", [False, True])
+def test_logits_are_float32_under_autocast(name, deployed):
+    networks = models.build(name)
+    for network in filter(None, networks):
+        network.eval()
+    if deployed:
+        networks = models.deploy(*networks, torch.bfloat16)
+    resnet, policy_net = networks
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = resnet(x)
+        logits = out[0] if isinstance(out, tuple) else out
+        assert logits.dtype == torch.float32
+        if policy_net:
+            assert all(value.dtype == torch.float32 for value in policy_net(x)[:1])
