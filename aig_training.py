@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import engine
 import models
 import utils
-from engine import Part, UserError, options, ranks
+from engine import Results, Shard, UserError, options, ranks, schedule, weights
 
 RECIPES = {  # the released code's
     "CIFAR": {"target": "0.6", "loss_factor": 2.0, "wd": 5e-4, "max_epochs": 350,
@@ -43,6 +43,7 @@ def parse_args():
     add("--schedule", choices=("step", "cosine"), default="step",
         help="steps as released, or a rise in the first tenth and a cosine to zero")  # fmt: skip
     add("--pretrained", help="ResNet to start from; its gates start anew")
+    parser.set_defaults(warmup=0.1, lr_decay_ratio=0.1)
     args = parser.parse_args()
     recipe = RECIPES["ImageNet" if args.model.endswith("ImgNet") else "CIFAR"]
     for name, value in recipe.items():
@@ -78,21 +79,15 @@ def make_optimizer(net: models.GatedResNet, args) -> torch.optim.SGD:
     return torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.wd)
 
 
-def lr_factor(args, epoch: int) -> float:
-    if args.schedule == "cosine":
-        return engine.schedule.cosine((epoch - 0.5) / args.max_epochs, warmup=0.1)
-    return 0.1 ** sum(epoch > step for step in args.lr_steps)
-
-
-def train_step(net, images: Tensor, labels: Tensor, part: Part, targets: Tensor, args):
+def train_step(net, images: Tensor, labels: Tensor, shard: Shard, targets: Tensor, args):
     """Part of a batch's cross entropy, and how far its execution rates are from their targets."""
     logits, executed = net(images)
     losses = F.cross_entropy(logits, labels, reduction="none")
     # over all ranks; a micro-batch keeps to its own rates
-    share = torch.tensor(part.share, device=images.device)
+    share = torch.tensor(shard.share, device=images.device)
     rates = ranks.total(share * executed.mean(0)) / ranks.total(share)
     loss = losses.mean() + args.loss_factor * utils.target_rate_loss(rates, targets)
-    return part.share * loss, {
+    return shard.share * loss, {
         "policy": executed,
         "correct": logits.argmax(1) == labels,
         "loss": losses,
@@ -104,21 +99,21 @@ def test_step(net, images: Tensor, labels: Tensor):
     return {"policy": executed, "correct": logits.argmax(1) == labels, "label": labels}
 
 
-def log(run: engine.Run, split: str, outcome) -> None:
+def log(run: engine.Run, split: str, results: Results) -> None:
     """The line of an epoch or of an evaluation, without a reward, and the rates of all blocks."""
-    policies, correct = outcome["policy"], outcome["correct"]
+    policies, correct = results["policy"], results["correct"]
     accuracy, _, blocks, deviation, unique = utils.performance_stats(policies, correct, correct)
     run.logs.line(
-        f"A: {accuracy:.3f} | S: {blocks:.3f} | V: {deviation:.3f} | #: {len(unique)}",
+        f"A: {accuracy:.3f} | S: {blocks:.3f} | V: {deviation:.3f} | #: {unique}",
         split,
         accuracy=accuracy,
         sparsity=blocks,
         variance=deviation,
-        unique_policies=len(unique),
+        unique_policies=unique,
     )
     run.logs.rates(split, policies.double().mean(0))
     if split == "test":
-        labels = outcome["label"]
+        labels = results["label"]
         run.logs.kept(policies, labels)
         by_class = [policies[labels == c].double().mean(0) for c in labels.unique()]
         run.logs.metrics["test_rates_by_class"] = [[round(r, 4) for r in rates.tolist()]
@@ -127,27 +122,30 @@ def log(run: engine.Run, split: str, outcome) -> None:
 
 def main() -> None:
     args = parse_args()
-    spec = engine.data.spec_of(partial(models.config, gated=True), args)
-    targets = target_rates(args.target, spec.num_blocks)
-    with engine.Run(args, 3, spec) as run:
-        train, test = engine.data.load(spec, args, run.device)
-        net, _ = models.build(args.model, spec.num_classes)
+    config = engine.data.config_of(args, gated=True)
+    targets = target_rates(args.target, config.num_blocks)
+    with engine.Run(args, 3, config) as run:
+        train, test = engine.data.load(config, args, run.device)
+        net, _ = models.build(args.model, config.num_classes)
         if args.pretrained and not args.load:
-            path = engine.checkpoint.find_base(args.model, args.pretrained)
+            path = weights.find_base(args.model, args.pretrained)
             start = engine.checkpoint.read(path)
-            with engine.about(path):
-                models.load_ungated(net, engine.checkpoint.resnet_weights(start, path))
+            weights.tell_other_pixels(config, start, path)
+            state = weights.resnet_weights(start, path)
+            with engine.user_errors(path):
+                models.load_ungated(net, state)
         net.set_targets(targets.tolist())
         run.place(net)
         run.extras["targets"] = targets.tolist()
         targets = targets.to(run.device)
         learner = run.wrap(net)
         optimizer = make_optimizer(net, args)
-        run.track("state_dict", net, models.load_gated)
+        run.track("state_dict", net)
         run.track("optimizer", optimizer)
 
         for epoch in run.epochs():
-            engine.optim.scale_lr(optimizer, lr_factor(args, epoch))
+            # the rate that an epoch has in its middle
+            schedule.scale_lr(optimizer, schedule.lr_factor(args, epoch - 0.5))
             net.train()
             step = partial(train_step, learner, targets=targets, args=args)
             log(run, "train", run.train_epoch(step, [optimizer], train))

@@ -4,18 +4,19 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import engine
 import models
 import utils
-from engine import Part, UserError, options
+from engine import Shard, UserError, options, schedule, weights
 
 
 def parse_args():
     parser = options.parser(__doc__)
     options.add_base(parser)
     options.add_training(parser, lr=1e-3, wd=0.0, max_epochs=10000)
-    options.add_steps(parser, epoch_step=10000, penalty=-1.0)
+    options.add_policy_stage(parser, epoch_step=10000, penalty=-1.0)
     add = parser.add_argument
     add("--beta", type=options.weight, default=0.1, help="weight of the entropy term")
     add("--beta_end", type=options.weight, help="beta moves there in a line until the last epoch")
@@ -27,24 +28,38 @@ def parse_args():
         help="start of the policy network: a ResNet's file, another policy's, resnet18 "
         "(torchvision's, what pictures begin with) or none (what CIFAR begins with)",
     )
+    add(
+        "--policy_size",
+        type=int,
+        choices=models.POLICY_SIZES,
+        help="pixels that the policy network of a CIFAR model looks at; 16 cost a quarter "
+        "(default: 32, or those of --load)",
+    )
+    add(
+        "--warm_start",
+        type=options.amount,
+        default=0,
+        help="before the curriculum, learn for so many of the epochs under which of a few nested "
+        "policies the ResNet is right, and to take the one of largest expected reward",
+    )
     add("--samples", type=options.count, default=1, help="policies sampled for each image")
     return parser.parse_args()
 
 
-def start_policy(policy_net: nn.Module, source: str) -> None:
+def start_policy(policy_net: models.PolicyNet, source: str, config: models.Config) -> None:
     """Give the policy network those weights of another ResNet that fit, or a whole policy's."""
     if source == "none":
         return
     if source == "resnet18":
         way_out = "name a file with --policy_init, or begin with --policy_init none"
-        state = engine.published.resnet(18, way_out)
+        state = weights.torchvision_resnet(18, way_out)
     else:
         content = engine.checkpoint.read(source)
-        if engine.checkpoint.policy_bias(content) is not None:
-            with engine.about(source):
-                models.load_policy(policy_net, engine.checkpoint.policy_weights(content, source))
+        weights.tell_other_pixels(config, content, source)
+        if weights.policy_bias(content) is not None:
+            weights.load_into(policy_net, content, source)
             return
-        state = engine.checkpoint.resnet_weights(content, source)
+        state = weights.resnet_weights(content, source)
     if not models.load_fitting(policy_net.features, state):
         raise UserError(f"{source}: not one tensor fits the policy network")
 
@@ -54,7 +69,7 @@ def train_step(
     resnet: nn.Module,
     images: Tensor,
     labels: Tensor,
-    part: Part,
+    shard: Shard,
     mask: Tensor,
     args,
 ):
@@ -65,61 +80,108 @@ def train_step(
     probs, _ = policy_net(images)
     policy_map = utils.most_probable(probs)
     probs = utils.bound(probs, args.alpha)
-    noise = part.noise(args.samples, probs.shape[1], device=probs.device).transpose(0, 1)
+    noise = shard.noise(args.samples, probs.shape[1], device=probs.device).transpose(0, 1)
     policies = utils.force_on(torch.cat((utils.sample(probs, noise), policy_map[None])), mask)
     with torch.no_grad():
-        logits = resnet(images, policies)
-    reward, correct = utils.reward(logits, labels, policies, args.penalty)
+        _, reward, correct = utils.rollout(
+            resnet, images, labels, policies, partial(utils.reward, penalty=args.penalty)
+        )
     advantage = (reward - utils.leave_one_out(reward))[:-1]  # one sample: the self-critical one
     loss = utils.policy_gradient_loss(probs, policies[:-1], advantage, mask) / args.samples
     loss = loss - args.beta * utils.entropy(probs)
-    return loss / part.total, {"policy": policies[0], "reward": reward[0], "correct": correct[0]}
+    return loss / shard.total, {"policy": policies[0], "reward": reward[0], "correct": correct[0]}
+
+
+def warm_step(
+    learner: nn.Module,
+    resnet: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    shard: Shard,
+    candidates: Tensor,
+    args,
+):
+    """Part of a batch's loss where every candidate's reward is known, since the ResNet is frozen.
+
+    The head learns under which of the candidates (C, K) the class is right, the policy to take the
+    one whose expected reward is largest by what the head says.
+    """
+    probs, predicted = learner(images)
+    policies = candidates[:, None].expand(-1, len(images), -1)
+    with torch.no_grad():
+        right = (resnet(images, policies).argmax(-1) == labels).T
+    loss = F.binary_cross_entropy_with_logits(predicted, right.to(predicted.dtype))
+    expected = utils.expected_reward(predicted.detach().float().sigmoid(), candidates, args.penalty)
+    chosen = expected.argmax(1)
+    policy, correct = candidates[chosen], right.gather(1, chosen[:, None])[:, 0]
+    likelihood = utils.policy_gradient_loss(probs, policy, torch.ones_like(expected[:, 0]))
+    reward = torch.where(correct, 1 - policy.mean(1) ** 2, args.penalty)
+    results = {"policy": policy, "reward": reward, "correct": correct}
+    return shard.share * loss + likelihood / policy.shape[1] / shard.total, results
 
 
 def test_step(
-    policy_net: nn.Module, resnet: nn.Module, images: Tensor, labels: Tensor, mask: Tensor, args
+    decide: models.Decider, resnet: nn.Module, images: Tensor, labels: Tensor, mask: Tensor, args
 ):
     """What becomes of a batch under the most probable policies of this step of the curriculum."""
-    policy = utils.force_on(utils.most_probable(policy_net(images)[0]), mask)
-    reward, correct = utils.reward(resnet(images, policy), labels, policy, args.penalty)
+    policy = utils.force_on(decide(images), mask)
+    reward = partial(utils.reward, penalty=args.penalty)
+    _, reward, correct = utils.rollout(resnet, images, labels, policy, reward)
     return {"policy": policy, "reward": reward, "correct": correct, "label": labels}
 
 
 def main() -> None:
     args = parse_args()
-    spec = engine.data.spec_of(partial(models.config, gated=False), args)
-    with engine.Run(args, 1, spec) as run:
-        train, test = engine.data.load(spec, args, run.device)
-        resnet, policy_net = models.build(args.model, spec.num_classes)
-        run.load_base(resnet, models.load_resnet)
+    config = engine.data.config_of(args, gated=False)
+    with engine.Run(args, 1, config) as run:
+        train, test = engine.data.load(config, args, run.device)
+        resnet, policy_net = models.build(args.model, config.num_classes)
+        run.load_base(resnet)
         if not args.load:  # as released: pictures from a ResNet-18, CIFAR from nothing
-            start_policy(
-                policy_net, args.policy_init or ("resnet18" if spec.has_pictures else "none")
-            )
+            default = "resnet18" if config.has_pictures else "none"
+            start_policy(policy_net, args.policy_init or default, config)
+            if args.policy_size and policy_net.size is None:
+                raise UserError(f"--policy_size is for CIFAR: {args.model} has a size")
+            if args.policy_size:
+                policy_net.look_at(args.policy_size)
         run.place(resnet.requires_grad_(False).eval(), policy_net)
-        learner = run.wrap(policy_net)
-        optimizer = torch.optim.Adam(policy_net.parameters(), args.lr, weight_decay=args.wd)
-        run.track("agent", policy_net, models.load_policy)
+        learner = policy_net
+        if args.warm_start:
+            candidates = utils.candidate_policies(config.stages).to(run.device)
+            correctness = models.Correctness(policy_net.features.num_features, candidates)
+            run.place(correctness)
+            learner = models.WithCorrectness(policy_net, correctness)
+        learner = run.wrap(learner)
+        optimizer = torch.optim.Adam(learner.parameters(), args.lr, weight_decay=args.wd)
+        run.track("agent", policy_net)
+        if args.warm_start:
+            run.track("correctness", correctness)
         run.track("optimizer", optimizer)
         resnet.execution = args.execution
         if args.execution == "sparse":  # it never changes, so its inference-only twin will do
             resnet, _ = models.deploy(resnet, dtype=engine.device.dtype(args.precision))
 
         for epoch in run.epochs():
-            now = engine.schedule.at(args, epoch)
-            engine.optim.scale_lr(optimizer, engine.schedule.lr_factor(args, epoch))
-            cl_step = utils.curriculum_step(epoch, args.cl_step, args.cl_every, args.cl_blocks)
-            mask = utils.curriculum_mask(spec.num_blocks, cl_step, run.device)
+            now = schedule.at(args, epoch)
+            schedule.scale_lr(optimizer, schedule.lr_factor(args, epoch - 1))
+            is_warm = epoch <= args.warm_start
+            pace = args.cl_step, args.cl_every, args.cl_blocks
+            cl_step = utils.curriculum_step(epoch - args.warm_start, *pace)
+            cl_step = config.num_blocks if is_warm else cl_step
+            mask = utils.curriculum_mask(config.num_blocks, cl_step, run.device)
             policy_net.train()
             step = partial(train_step, learner, resnet, mask=mask, args=now)
-            outcome = run.train_epoch(step, [optimizer], train)
-            run.logs.policies("train", *utils.performance_stats(*outcome.of_policies()))
+            if is_warm:
+                step = partial(warm_step, learner, resnet, candidates=candidates, args=now)
+            results = run.train_epoch(step, [optimizer], train)
+            run.logs.policies("train", *utils.performance_stats(*results.of_policies()))
             if run.tests(epoch):
                 policy_net.eval()
-                step = partial(test_step, policy_net, resnet, mask=mask, args=now)
-                outcome = run.evaluate(step, test)
-                run.logs.policies("test", *utils.performance_stats(*outcome.of_policies()))
-                run.logs.kept(outcome["policy"], outcome["label"])
+                step = partial(test_step, models.decider(policy_net), resnet, mask=mask, args=now)
+                results = run.evaluate(step, test)
+                run.logs.policies("test", *utils.performance_stats(*results.of_policies()))
+                run.logs.kept(results["policy"], results["label"])
+                run.dependence(resnet, results, test)
                 run.save_evaluated()
 
 

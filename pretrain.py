@@ -1,6 +1,6 @@
 """Stage 0: train a base ResNet, which the two policy stages then start from."""
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 import engine
 import models
-from engine import Part, options
+import utils
+from engine import Shard, UserError, checkpoint, options, schedule, weights
 
 
 def parse_args():
@@ -27,7 +28,25 @@ def parse_args():
         help="stochastic depth: probability to drop the last block, falling linearly towards the "
         "first; makes a base that tolerates missing blocks",
     )
-    return parser.parse_args()
+    add(
+        "--routes",
+        action="store_true",
+        help="beside each full pass one under a random policy, which learns from the full one as "
+        "well; makes a base that serves every route",
+    )
+    add("--route_flip", type=options.fraction, default=0.1, help="of a route's blocks, see utils")
+    add(
+        "--route_distill",
+        type=options.fraction,
+        default=0.7,
+        help="weight of learning a route's classes from the full pass, out of 1 with the labels",
+    )
+    add("--temperature", type=options.positive, default=2.0, help="of the softmax in distillation")
+    parser.set_defaults(schedule="cosine")
+    args = parser.parse_args()
+    if args.routes and args.block_drop:
+        raise UserError("--routes has a full pass: leave --block_drop out")
+    return args
 
 
 def drop_blocks(noise: Tensor, last: float) -> Tensor:
@@ -40,51 +59,77 @@ def drop_blocks(noise: Tensor, last: float) -> Tensor:
     return (noise >= drop).float()
 
 
-def load_start(resnet: models.ResNet, spec, args) -> None:
+def full_and_route(shard: Shard, stages: Sequence[int], flip: float, device) -> Tensor:
+    """Policies (2, n, K): every block, and one random route for the whole batch.
+
+    One route costs no gathering of images. Both go through the network together, so BatchNorm
+    normalises every route by the statistics that it will have in an evaluation.
+    """
+    noise = shard.common_noise(len(stages) + 1 + sum(stages), device=device)
+    route = utils.random_route(noise, stages, flip)
+    policies = torch.stack([torch.ones_like(route), route])
+    return policies[:, None].expand(-1, shard.stop - shard.start, -1)
+
+
+def route_loss(logits: Tensor, full_logits: Tensor, labels: Tensor, args) -> Tensor:
+    """Mean loss of the route's images, which learn from labels and from the full pass."""
+    agreement = utils.distillation(logits, full_logits, args.temperature)
+    labelled = F.cross_entropy(logits, labels)
+    return (1 - args.route_distill) * labelled + args.route_distill * agreement
+
+
+def load_start(resnet: models.ResNet, config: models.Config, args) -> None:
     """The weights to start from; a folder of pictures has a classifier of its own."""
     if args.pretrained:
-        path = engine.checkpoint.find_base(args.model, args.pretrained)
-        state = engine.checkpoint.resnet_weights(engine.checkpoint.read(path), path)
-    elif spec.dataset == "Folder" and not args.from_scratch:
+        path = weights.find_base(args.model, args.pretrained)
+        content = checkpoint.read(path)
+        weights.tell_other_pixels(config, content, path)
+        state = weights.resnet_weights(content, path)
+    elif config.dataset == "Folder" and not args.from_scratch:
         way_out = "name a file with --pretrained, or start with --from_scratch"
-        state = engine.published.resnet(spec.depth, way_out)
+        path, state = None, weights.torchvision_resnet(config.depth, way_out)
     else:
         return
-    with engine.about(args.pretrained):
-        if spec.dataset == "Folder":
-            own = {f"fc.{n}": tensor for n, tensor in resnet.fc.state_dict().items()}
-            state = {n: t for n, t in state.items() if n not in own} | own
-        models.load_resnet(resnet, state)
+    if config.dataset == "Folder":
+        own = {f"fc.{n}": tensor for n, tensor in resnet.fc.state_dict().items()}
+        state = {n: t for n, t in state.items() if n not in own} | own
+    weights.load_into(resnet, {"state_dict": state}, path)
 
 
 def main() -> None:
     args = parse_args()
-    spec = engine.data.spec_of(partial(models.config, gated=False), args)
-    with engine.Run(args, 0, spec, engine.checkpoint.base_directory(args.model)) as run:
+    config = engine.data.config_of(args, gated=False)
+    with engine.Run(args, 0, config, weights.base_directory(args.model)) as run:
         if not args.load:  # a run killed right after its last evaluation may be gone on with
-            engine.checkpoint.keep_base(run.cv_dir)
-        train, test = engine.data.load(spec, args, run.device)
-        resnet, _ = models.build(args.model, spec.num_classes)
+            weights.keep_base(run.cv_dir)
+        train, test = engine.data.load(config, args, run.device)
+        resnet, _ = models.build(args.model, config.num_classes)
         if not args.load:
-            load_start(resnet, spec, args)
+            load_start(resnet, config, args)
         run.place(resnet)
-        optimizer = engine.optim.sgd(resnet, args.lr, args.wd)
-        run.track("state_dict", resnet, models.load_resnet)
+        optimizer = schedule.sgd(resnet, args.lr, args.wd)
+        run.track("state_dict", resnet)
         run.track("optimizer", optimizer)
         learner = run.wrap(resnet)
 
-        def train_step(images: Tensor, labels: Tensor, part: Part):
-            progress = (epoch - 1 + part.step / len(train)) / args.max_epochs
-            engine.optim.scale_lr(optimizer, engine.schedule.cosine(progress, args.warmup))
+        def train_step(images: Tensor, labels: Tensor, shard: Shard):
+            epochs_done = epoch - 1 + shard.step / len(train)
+            schedule.scale_lr(optimizer, schedule.lr_factor(args, epochs_done))
             policy = None
-            if args.block_drop:
-                noise = part.noise(spec.num_blocks, device=run.device)
+            if args.routes:
+                policy = full_and_route(shard, config.stages, args.route_flip, run.device)
+            elif args.block_drop:
+                noise = shard.noise(config.num_blocks, device=run.device)
                 policy = drop_blocks(noise, args.block_drop)
             logits = learner(images, policy)
+            logits, routed = logits if args.routes else (logits, None)
             losses = F.cross_entropy(
                 logits, labels, reduction="none", label_smoothing=args.label_smoothing
             )
-            return losses.sum() / part.total, {
+            loss = losses.sum() / shard.total
+            if args.routes:
+                loss = loss + shard.share * route_loss(routed, logits, labels, args)
+            return loss, {
                 "correct": logits.argmax(1) == labels,
                 "loss": losses,
             }
@@ -94,16 +139,16 @@ def main() -> None:
 
         for epoch in run.epochs():
             resnet.train()
-            tally = run.train_epoch(train_step, [optimizer], train, clip_norm=args.clip_norm)
-            accuracy = tally["correct"].double().mean().item()
-            loss = tally["loss"].double().mean().item()
+            results = run.train_epoch(train_step, [optimizer], train, clip_norm=args.clip_norm)
+            accuracy = results["correct"].double().mean().item()
+            loss = results["loss"].double().mean().item()
             run.logs.line(
                 f"A: {accuracy:.3f} | L: {loss:.3f}", "train", accuracy=accuracy, loss=loss
             )
             if run.tests(epoch):
                 resnet.eval()
-                tally = run.evaluate(test_step, test)
-                accuracy = tally["correct"].double().mean().item()
+                results = run.evaluate(test_step, test)
+                accuracy = results["correct"].double().mean().item()
                 run.logs.line(f"A: {accuracy:.4f}", "test", accuracy=accuracy)
             if epoch == args.max_epochs:
                 run.save(f"pk_E_{epoch}_A_{accuracy:.3f}.t7", acc=accuracy)

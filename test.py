@@ -10,10 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 import engine
-import models
 import utils
 from engine import UserError, options
-from subject import Subject
+from engine.trained import TrainedModel
 
 
 def parse_args():
@@ -22,51 +21,87 @@ def parse_args():
     options.add_static(parser)
     add = parser.add_argument
     add("--load", help="stage-1, stage-2 or AIG checkpoint, or the cv_dir that holds last.t7")
+    add(
+        "--penalty",
+        type=options.finite,
+        help="choose policies for this reward of a wrong prediction, where the checkpoint comes "
+        "from cl_training.py --warm_start",
+    )
     add("--sample_gates", action="store_true", help="AIG: draw the gates, do not take the likelier")
     add("--batch_size", type=options.count, default=1000, help="images a step")
     add("--time", action="store_true", help="also time the deployed networks at this batch size")
+    add(
+        "--dependence",
+        action="store_true",
+        help="also say what the policies owe to the image: accuracy where they are dealt to other "
+        "images, where all get the most frequent one, and under static ones",
+    )
     add("--json", type=Path, help="also write the figures, unrounded, to this file")
     return parser.parse_args()
 
 
-def profile(subject: Subject, test) -> dict:
+def profile(trained: TrainedModel, test, dependence: bool = False) -> dict:
     """Run every image and gather the figures that this script prints."""
 
     def test_step(images: Tensor, labels: Tensor):
-        logits, policy = subject.run(images)
-        reward, correct = utils.reward(logits, labels, policy, penalty=0.0)
-        return {"policy": policy, "reward": reward, "correct": correct}
+        logits, policy = trained.run(images)
+        return {"policy": policy, "correct": logits.argmax(1) == labels}
 
-    outcome = engine.evaluate(test_step, test, subject.args.precision)
-    policies, rewards, correct = outcome.of_policies()
-    accuracy, _, blocks, deviation, unique = utils.performance_stats(policies, rewards, correct)
-    fixed, per_block = subject.flops()
+    results = engine.evaluate(test_step, test, trained.args.precision)
+    policies, correct = results["policy"], results["correct"]
+    accuracy, _, blocks, deviation, unique = utils.performance_stats(policies, correct, correct)
+    fixed, per_block = trained.flops()
     flops = fixed + policies.double() @ per_block
-    return {
+    figures = {
         "accuracy": accuracy,
         "block_usage": blocks,
         "block_usage_std": deviation,
         "flops": flops.mean().item(),
         "flops_std": flops.std().item() if len(flops) > 1 else 0.0,
-        "unique_policies": len(unique),
+        "unique_policies": unique,
         "images": len(policies),
-        "images_per_second": len(policies) / outcome.seconds,
+        "images_per_second": len(policies) / results.seconds,
     }
+    if dependence:
+        figures["dependence"] = trained.dependence(test, policies, correct)
+    return figures
+
+
+DEPENDENCE = {
+    "own": "own",
+    "shuffled": "shuffled",
+    "common": "common",
+    "static": "static, as many blocks",
+    "static_same_flops": "static, same FLOPs",
+}
+
+
+def print_dependence(figures: dict) -> None:
+    for name, title in DEPENDENCE.items():
+        row = figures[name]
+        print(
+            f"    {title + ':':24}{row['accuracy']:.3f} | {row['blocks']:.2f} blocks"
+            f" | {row['flops']:.2E} FLOPs"
+        )
+    right, wrong = (figures[f"blocks_where_full_is_{x}"] for x in ("right", "wrong"))
+    print(f"    Blocks where the full network is right: {right:.2f}, wrong: {wrong:.2f}")
 
 
 def main() -> None:
     args = parse_args()
-    spec = engine.data.spec_of(models.config, args)
-    engine.ranks.start()
+    config = engine.data.config_of(args)
+    engine.ranks.start(device=args.device)
     if args.time and engine.ranks.world() > 1:
         raise UserError("--time measures one process: run it without torchrun")
     engine.device.seed_everything(args.seed)
     engine.device.keep_freed_memory()
-    subject = Subject(args, spec)
-    if spec.gated:
-        subject.resnet.sample_gates = args.sample_gates
-    _, test = engine.data.load(spec, args, subject.device, training=False)
-    figures = profile(subject, test)
+    trained = TrainedModel(args, config)
+    if config.gated:
+        trained.resnet.sample_gates = args.sample_gates
+    _, test = engine.data.load(config, args, trained.device, training=False)
+    if args.dependence and trained.policy_net is None:
+        raise UserError("--dependence asks of a policy network: there is none here")
+    figures = profile(trained, test, args.dependence)
     if not engine.ranks.is_main():
         return
     if args.subset:
@@ -77,18 +112,20 @@ def main() -> None:
         f"    FLOPs/img: {figures['flops']:.2E} ± {figures['flops_std']:.2E}\n"
         f"    Unique Policies: {figures['unique_policies']}"
     )
-    if spec.gated:
+    if args.dependence:
+        print_dependence(figures["dependence"])
+    if config.gated:
         print(f"    Gates: {'sampled' if args.sample_gates else 'argmax'}")
     if args.time:
-        figures |= subject.time(test, args.batch_size)
+        figures |= trained.time(test, args.batch_size)
         print(
             f"    Time/img: {figures['ms_per_image']:.3f} ms\n"
             f"    Speed-up: {figures['speed_up']:.2f} over the full ResNet, batch {args.batch_size}"
         )
     if args.json:
         figures |= {name: getattr(args, name) for name in ("model", "load", "precision")}
-        figures["policy"] = subject.policy
-        with engine.about(args.json):
+        figures["policy"] = trained.policy_name
+        with engine.user_errors(args.json):
             args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -4,7 +4,8 @@ B is the number of images in a batch, K the number of residual blocks. A policy 
 of 0 (drop) and 1 (keep).
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,23 @@ def reward(logits: Tensor, labels: Tensor, policy: Tensor, penalty: float) -> tu
     return torch.where(correct, 1 - usage**2, penalty), correct
 
 
+def rollout(
+    resnet: Callable[[Tensor, Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    policy: Tensor,
+    reward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run images under their policies, and say what these earned.
+
+    images: (B, 3, H, W). labels: (B,). policy: (B, K) or (P, B, K). reward(logits, labels, policy)
+    gives reward and correctness. Returns logits, (B, classes) or (P, B, classes), reward and
+    correctness, (B,) or (P, B).
+    """
+    logits = resnet(images, policy)
+    return logits, *reward(logits, labels, policy)
+
+
 def leave_one_out(reward: Tensor) -> Tensor:
     """Baseline of each of an image's P >= 2 policies: the mean reward of its others.
 
@@ -125,26 +143,63 @@ def target_rate_loss(rates: Tensor, targets: Tensor) -> Tensor:
 
 def performance_stats(
     policies: Tensor, rewards: Tensor, correct: Tensor
-) -> tuple[float, float, float, float, set[tuple[int, ...]]]:
+) -> tuple[float, float, float, float, int]:
     """What the logs show of N images: policies (N, K), rewards (N,), correct (N,).
 
     Returns accuracy, mean reward, mean blocks kept (sparsity), their standard deviation
-    (variance, as the released code names it) and the set of distinct policies.
+    (variance, as the released code names it) and the number of distinct policies.
     """
-    blocks = policies.double().sum(1)
+    # in pieces, because a sum first widens every entry
+    blocks = torch.cat([rows.sum(1) for rows in policies.split(2**16)]).double()
     variance = blocks.std().item() if len(blocks) > 1 else 0.0
-    policy_set = {tuple(row) for row in policies.to(torch.int8).unique(dim=0).tolist()}
     accuracy = correct.double().mean().item()
-    return accuracy, rewards.double().mean().item(), blocks.mean().item(), variance, policy_set
+    unique = num_distinct(policies)
+    return accuracy, rewards.double().mean().item(), blocks.mean().item(), variance, unique
 
 
-def static_policy(kind: str, keep: int, stages: Sequence[int], seed: int = 0) -> Tensor:
-    """The paper's static baselines: the same `keep` of K blocks for every image (section 4.2).
+def num_distinct(policies: Tensor) -> int:
+    """How many of N policies (N, K) differ, in memory of some 8-byte words an image."""
+    ids = torch.zeros(len(policies), dtype=torch.long, device=policies.device)
+    count = 1
+    for columns in policies.split(32, dim=1):
+        for column in columns.unbind(1):
+            ids = 2 * ids + column.bool()
+        # numbered anew, so that the next 32 bits fit beside them
+        values, ids = ids.unique(return_inverse=True)
+        count = len(values)
+    return count
 
-    kind: "first" keeps the first blocks, "random" as many drawn with `seed`, "distribute" the
-    first ones of each stage, shared as evenly as the stages allow, earlier stages first.
-    Returns a (K,) float tensor. Raises ValueError when K has no `keep` blocks or kind is unknown.
+
+def deal(policies: Tensor, seed: int) -> Tensor:
+    """The same policies (N, K) dealt to other images at random: a permutation of the rows.
+
+    What a policy's accuracy loses by it is what its decisions owe to the image.
     """
+    order = torch.randperm(len(policies), generator=torch.Generator().manual_seed(seed))
+    return policies[order.to(policies.device)]
+
+
+def most_frequent(policies: Tensor) -> Tensor:
+    """The policy (K,) that most of N images (N, K) got; of several the one that sorts first."""
+    rows, counts = policies.unique(dim=0, return_counts=True)
+    return rows[counts.argmax()]
+
+
+def static_policy(name: str, stages: Sequence[int], seed: int = 0) -> Tensor:
+    """The paper's static baselines: the same N of K blocks for every image (section 4.2).
+
+    name: "first:N" keeps the first blocks, "random:N" as many drawn with `seed`, "random:N:SEED"
+    with its own, "distribute:N" the first ones of each stage, shared as evenly as the stages allow,
+    earlier stages first. Returns a (K,) float tensor. Raises ValueError when there are no N blocks
+    or the name means nothing.
+    """
+    spelt = re.fullmatch(r"(?:(first|distribute):(\d+))|(random):(\d+)(?::(\d+))?", name)
+    if not spelt:
+        raise ValueError(
+            f"{name!r} is not first:N, random:N, random:N:SEED or distribute:N, N blocks to keep"
+        )
+    kind, keep = spelt[1] or spelt[3], int(spelt[2] or spelt[4])
+    seed = int(spelt[5] or seed)
     num_blocks = sum(stages)
     if not 0 <= keep <= num_blocks:
         raise ValueError(f"a static policy keeps 0 to {num_blocks} blocks, not {keep}")
@@ -154,16 +209,48 @@ def static_policy(kind: str, keep: int, stages: Sequence[int], seed: int = 0) ->
     elif kind == "random":
         generator = torch.Generator().manual_seed(seed)
         policy[torch.randperm(num_blocks, generator=generator)[:keep]] = 1
-    elif kind == "distribute":
+    else:
         shares = [0] * len(stages)
         while sum(shares) < keep:
             open_stages = [i for i, depth in enumerate(stages) if shares[i] < depth]
             shares[min(open_stages, key=lambda i: (shares[i], i))] += 1
         for start, share in zip(_stage_starts(stages), shares, strict=True):
             policy[start : start + share] = 1
-    else:
-        raise ValueError(f"no static policy {kind!r}: take first, random or distribute")
     return policy
+
+
+DEPTHS = (0.2, 0.27, 0.33, 0.4, 0.47, 0.53, 0.6, 0.7, 0.85, 1.0)  # parts of all K blocks
+
+
+def candidate_policies(stages: Sequence[int]) -> Tensor:
+    """A few policies to choose among, (C, K): DistributeK at nested depths, up to all blocks."""
+    num_blocks = sum(stages)
+    depths = sorted({max(1, round(num_blocks * part)) for part in DEPTHS})
+    return torch.stack([static_policy(f"distribute:{depth}", stages) for depth in depths])
+
+
+def expected_reward(right: Tensor, candidates: Tensor, penalty: float | Tensor) -> Tensor:
+    """Expected reward (Eq. 3) of C candidates (C, K), from how probably the class is right.
+
+    right: (B, C) probabilities. Returns (B, C).
+    """
+    usage = candidates.sum(-1) / candidates.shape[-1]
+    return right * (1 - usage**2) + (1 - right) * penalty
+
+
+def random_route(noise: Tensor, stages: Sequence[int], flip: float) -> Tensor:
+    """A random policy near nested depths, for a ResNet that is to serve every route.
+
+    Of each stage the first blocks are kept, their number uniform from 1 to all; in every second
+    route each block is then flipped with probability `flip`. noise: (S + 1 + K,), uniform in
+    [0, 1), for S stages of K blocks in all. Returns (K,).
+    """
+    depth = torch.tensor(stages, device=noise.device)
+    shares = 1 + (noise[: len(stages)] * depth).floor()
+    position = torch.cat([torch.arange(n, device=noise.device) for n in stages])
+    policy = position < shares.repeat_interleave(depth)
+    flipped = (noise[len(stages)] < 0.5) & (noise[len(stages) + 1 :] < flip)
+    return (policy ^ flipped).to(noise.dtype)
 
 
 def _stage_starts(stages: Sequence[int]) -> list[int]:

@@ -7,15 +7,15 @@ import argparse
 import html
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 import engine
-import models
 import utils
-from engine import UserError, checkpoint, options
-from subject import Subject, decision_flops
+from engine import UserError, checkpoint, options, weights
+from engine.trained import TrainedModel, decision_flops
 from visual import facts, figures, page
 
 PUBLISHED = {  # Wu et al. 2018: model -> (label, blocks, FLOPs or None, accuracy)
@@ -39,7 +39,7 @@ def parse_args():
     return parser.parse_args()
 
 
-class Seen:
+class Predictions:
     """A checkpoint and what it does with every image."""
 
     def __init__(self, path: str, args):
@@ -47,22 +47,25 @@ class Seen:
         self.made_with = content.get("args", {})
         model = content.get("model")  # released checkpoints do not say
         model = model if isinstance(model, str) else args.model
-        own = argparse.Namespace(**vars(args) | {"load": path, "model": model, "policy": None})
-        self.path, self.spec = Path(path), engine.data.spec_of(models.config, own)
-        self.subject = Subject(own, self.spec)
-        _, self.test = engine.data.load(self.spec, own, self.subject.device, training=False)
+        own = argparse.Namespace(
+            **vars(args) | {"load": path, "model": model, "policy": None, "penalty": None}
+        )
+        self.path, self.config = Path(path), engine.data.config_of(own)
+        self.trained = TrainedModel(own, self.config)
+        _, self.test = engine.data.load(self.config, own, self.trained.device, training=False)
         content = self._predictions()
         self.policies, self.labels, self.correct, self.full_correct = (
             content[name].numpy() for name in ("policy", "label", "correct", "full_correct")
         )
-        self.fixed, self.per_block = self.subject.flops()
+        self.dependence = content["dependence"]
+        self.fixed, self.per_block = self.trained.flops()
         self.flops = self.fixed + float((self.policies @ self.per_block.numpy()).mean())
 
     @property
     def kind(self) -> str:
-        if self.spec.gated:
+        if self.config.gated:
             return "ConvNet-AIG"
-        return "static" if self.subject.is_static else "BlockDrop"
+        return "static" if self.trained.is_static else "BlockDrop"
 
     @property
     def folder(self) -> Path:
@@ -74,24 +77,24 @@ class Seen:
 
     def full_flops(self) -> float:
         """FLOPs of the full ResNet, without what decides."""
-        subject, size = self.subject, (3, self.spec.image_size, self.spec.image_size)
-        decision = decision_flops(subject.resnet, subject.policy_net, size)
+        trained, size = self.trained, (3, self.config.image_size, self.config.image_size)
+        decision = decision_flops(trained.resnet, trained.policy_net, size)
         return self.fixed - decision + float(self.per_block.sum())
 
-    def _predictions(self) -> dict[str, Tensor]:
+    def _predictions(self) -> dict[str, Any]:
         """What `_predict` finds, from the cache beside the checkpoint if it is of the same."""
         file = self.path / checkpoint.LAST if self.path.is_dir() else self.path
         cache = file.with_suffix(".predictions.pt")
-        networks = filter(None, (self.subject.resnet, self.subject.policy_net))
-        key = [checkpoint.fingerprint(network) for network in networks]
-        key += [self.test.fingerprint(), self.subject.args.precision, self.subject.static.tolist()]
-        key += [self.spec.image_size, list(self.spec.mean), list(self.spec.std)]
-        key += [sorted(self.subject.resnet.always_on)] if self.spec.gated else []
+        networks = filter(None, (self.trained.resnet, self.trained.policy_net))
+        key = [weights.fingerprint(network) for network in networks]
+        key += [self.test.fingerprint(), self.trained.args.precision, self.trained.static.tolist()]
+        key += [self.config.image_size, list(self.config.mean), list(self.config.std)]
+        key += [sorted(self.trained.resnet.always_on)] if self.config.gated else []
         try:
             content = checkpoint.read(cache)
         except UserError:  # none yet, or a damaged one
             content = {}
-        if content.get("key") == key:
+        if content.get("key") == key and "dependence" in content:
             return content
         content = {"key": key, **self._predict()}
         try:
@@ -100,12 +103,14 @@ class Seen:
             print(f"{error}: the next report has to predict again", file=sys.stderr)
         return content
 
-    def _predict(self) -> dict[str, Tensor]:
-        """Of every image: policy, label, whether it is recognised, and whether in full."""
+    def _predict(self) -> dict[str, Any]:
+        """Of every image: policy, label, whether it is recognised, and whether in full; and what
+        the policies owe to the image where a policy network decides.
+        """
 
         def step(images: Tensor, labels: Tensor):
-            logits, policy = self.subject.run(images)
-            full = self.subject.plain(images)
+            logits, policy = self.trained.run(images)
+            full = self.trained.plain(images)
             return {
                 "policy": policy,
                 "label": labels,
@@ -114,7 +119,11 @@ class Seen:
             }
 
         label = f"predicting {self.folder.name}"
-        return engine.evaluate(step, self.test, self.subject.args.precision, label).gather()
+        found = engine.evaluate(step, self.test, self.trained.args.precision, label).gather()
+        dependence = {}
+        if self.trained.policy_net:
+            dependence = self.trained.dependence(self.test, found["policy"], found["correct"])
+        return {**found, "dependence": dependence}
 
 
 def chosen_classes(args, names: list[str]) -> list[int]:
@@ -138,12 +147,12 @@ class Report:
     def __init__(self, out: Path):
         self.out = out
         self.sections: list[tuple[str, str, str]] = []
-        with engine.about(out):
+        with engine.user_errors(out):
             out.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, title: str, text: str, figure, behind: str = "") -> None:
         path = self.out / f"{name}.png"
-        with engine.about(path):
+        with engine.user_errors(path):
             figure.savefig(path, dpi=160)
         figures.plt.close(figure)
         is_wide = figure.get_figwidth() > 7
@@ -152,7 +161,7 @@ class Report:
 
     def write(self, title: str, head: str) -> Path:
         path = self.out / "report.html"
-        with engine.about(path):
+        with engine.user_errors(path):
             path.write_text(page.page(title, head, self.sections))
         return path
 
@@ -161,31 +170,35 @@ def percent(value: float) -> str:
     return "–" if np.isnan(value) else f"{value:.1%}"
 
 
-def add_paths(report: Report, seen: Seen, classes, names, args) -> None:
+def add_paths(report: Report, predicted: Predictions, classes, names, args) -> None:
     rows, behind = [], []
     for label in classes:
-        total = int((seen.labels == label).sum())
+        total = int((predicted.labels == label).sum())
         for policy, count, images in facts.paths_of_class(
-            seen.policies, seen.labels, label, args.paths, args.examples
+            predicted.policies, predicted.labels, label, args.paths, args.examples
         ):
-            pictures = [seen.test.picture(int(i)) for i in images]
+            pictures = [predicted.test.picture(int(i)) for i in images]
             rows.append((names[label], count / total, policy, pictures))
             kept = "".join(map(str, policy.astype(int)))
             behind.append([names[label], f"{count / total:.1%}", int(policy.sum()), kept])
     if rows:
-        figure = figures.paths(rows, seen.spec.stages, args.examples)
+        figure = figures.paths(rows, predicted.config.stages, args.examples)
         table = page.table(["class", "images", "blocks", "policy"], behind)
         report.add("paths", "Paths",
             "The most frequent policies of each class, a filled square for a block that is kept, "
             "with images that take them.", figure, table)  # fmt: skip
 
 
-def add_easy_and_hard(report: Report, seen: Seen, classes, names, args) -> None:
-    rows, blocks = [], seen.policies.sum(1).astype(int)
+def add_easy_and_hard(report: Report, predicted: Predictions, classes, names, args) -> None:
+    rows, blocks = [], predicted.policies.sum(1).astype(int)
     for label in classes:
-        groups = facts.easy_and_hard(seen.policies, seen.labels, seen.correct, label, args.examples)
+        groups = facts.easy_and_hard(
+            predicted.policies, predicted.labels, predicted.correct, label, args.examples
+        )
         if len(groups[0]):
-            shown = ([(seen.test.picture(int(i)), blocks[i]) for i in group] for group in groups)
+            shown = (
+                [(predicted.test.picture(int(i)), blocks[i]) for i in group] for group in groups
+            )
             rows.append((names[label], *shown))
     if rows:
         report.add("easy_hard", "Easy and hard",
@@ -194,8 +207,8 @@ def add_easy_and_hard(report: Report, seen: Seen, classes, names, args) -> None:
             figures.easy_hard(rows, args.examples))  # fmt: skip
 
 
-def add_statistics(report: Report, seen: Seen, names: list[str]) -> None:
-    policies, labels, classes = seen.policies, seen.labels, len(names)
+def add_statistics(report: Report, predicted: Predictions, names: list[str]) -> None:
+    policies, labels, classes = predicted.policies, predicted.labels, len(names)
     groups = facts.blocks_by_class(policies, labels, classes)
     behind = page.table(
         ["class", "images", "blocks", "deviation", "fewest", "most"],
@@ -205,7 +218,7 @@ def add_statistics(report: Report, seen: Seen, names: list[str]) -> None:
     report.add("blocks", "Blocks by class",
         "Half of a class's images lie in its box, 96 % between the whiskers; the line is the "
         "median, the dot the mean.",
-        figures.distribution(groups, names, seen.spec.num_blocks), behind)  # fmt: skip
+        figures.distribution(groups, names, predicted.config.num_blocks), behind)  # fmt: skip
 
     overall, by_class = facts.keep_rates(policies, labels, classes)
     behind = page.table(
@@ -214,8 +227,10 @@ def add_statistics(report: Report, seen: Seen, names: list[str]) -> None:
         + [[names[i], *(f"{r:.2f}" for r in rates)]
            for i, rates in enumerate(by_class) if not np.isnan(rates).any()],
     )  # fmt: skip
-    report.add("keep_rates", "How often each block is kept", "Along the network, by class.",
-               figures.heat_map(overall, by_class, names, seen.spec.stages), behind)  # fmt: skip
+    figure = figures.heat_map(overall, by_class, names, predicted.config.stages)
+    report.add(
+        "keep_rates", "How often each block is kept", "Along the network, by class.", figure, behind
+    )
 
     rows, counts, _ = facts.distinct(policies)
     covered = facts.coverage(counts)
@@ -229,7 +244,7 @@ def add_statistics(report: Report, seen: Seen, names: list[str]) -> None:
         f"{len(rows)} in all; the {half} most frequent cover half of the images.",
         figures.policies(counts, covered), behind)  # fmt: skip
 
-    numbers, counts, accuracies = facts.accuracy_by_blocks(policies, seen.correct)
+    numbers, counts, accuracies = facts.accuracy_by_blocks(policies, predicted.correct)
     behind = page.table(
         ["blocks", "images", "accuracy"],
         [[int(n), int(c), f"{a:.1%}"] for n, c, a in zip(numbers, counts, accuracies, strict=True)],
@@ -238,8 +253,8 @@ def add_statistics(report: Report, seen: Seen, names: list[str]) -> None:
         "Images that get more blocks are the harder ones. The size of a dot grows with their "
         "number.", figures.by_blocks(numbers, counts, accuracies), behind)  # fmt: skip
 
-    ours = facts.accuracy_by_class(seen.correct, labels, classes)
-    full = facts.accuracy_by_class(seen.full_correct, labels, classes)
+    ours = facts.accuracy_by_class(predicted.correct, labels, classes)
+    full = facts.accuracy_by_class(predicted.full_correct, labels, classes)
     behind = page.table(
         ["class", "accuracy", "full ResNet"],
         [[names[i], percent(ours[i]), percent(full[i])]
@@ -250,12 +265,12 @@ def add_statistics(report: Report, seen: Seen, names: list[str]) -> None:
         figures.class_change(ours, full, names), behind)  # fmt: skip
 
 
-def published(seen: Seen) -> list[tuple[str, float, float]]:
+def published(predicted: Predictions) -> list[tuple[str, float, float]]:
     """The paper's points as (label, FLOPs, accuracy); FLOPs from mean blocks if need be."""
-    mean = float(seen.per_block.mean())
+    mean = float(predicted.per_block.mean())
     return [
-        (f"paper, {label}", flops or seen.fixed + blocks * mean, accuracy)
-        for label, blocks, flops, accuracy in PUBLISHED.get(seen.spec.name, [])
+        (f"paper, {label}", flops or predicted.fixed + blocks * mean, accuracy)
+        for label, blocks, flops, accuracy in PUBLISHED.get(predicted.config.name, [])
     ]
 
 
@@ -271,11 +286,14 @@ def add_points(
     report.add(name, title, text, figures.trade_off(points, unit), behind)
 
 
-def add_trade_off(report: Report, all_seen: list[Seen], args) -> None:
-    first = all_seen[0]
+def add_trade_off(report: Report, all_predicted: list[Predictions], args) -> None:
+    first = all_predicted[0]
     full = base_accuracy(first)
     points = [("full ResNet", "full", first.full_flops(), full)] if full else []
-    points += [(seen.kind, seen.folder.name, seen.flops, seen.accuracy) for seen in all_seen]
+    points += [
+        (predicted.kind, predicted.folder.name, predicted.flops, predicted.accuracy)
+        for predicted in all_predicted
+    ]
     points += [("published", *point) for point in published(first)]
     add_points(report, "trade_off", "Accuracy and FLOPs",
         "A multiply-add counts two; policy networks and gates are included. Published points "
@@ -284,39 +302,60 @@ def add_trade_off(report: Report, all_seen: list[Seen], args) -> None:
     if not args.time:
         return
     points = []
-    for seen in all_seen:
-        times = seen.subject.time(seen.test, seen.test.batch_size)
+    for predicted in all_predicted:
+        times = predicted.trained.time(predicted.test, predicted.test.batch_size)
         ms = times["ms_per_image"]
-        if seen is first and full:
+        if predicted is first and full:
             points.append(("full ResNet", "full", ms * times["speed_up"], full))
-        points.append((seen.kind, seen.folder.name, ms, seen.accuracy))
+        points.append((predicted.kind, predicted.folder.name, ms, predicted.accuracy))
     add_points(report, "time", "Accuracy and time",
         f"Milliseconds an image, networks deployed, batch {first.test.batch_size}.",
         points, "milliseconds an image", "{:.3f}")  # fmt: skip
 
 
-def base_accuracy(seen: Seen) -> float | None:
+def add_dependence(report: Report, predicted: Predictions) -> None:
+    """Accuracy and FLOPs under other ways to decide, for the same network."""
+    found = predicted.dependence
+    if not found:
+        return
+    rows = {name: found[name] for name in ("own", "shuffled", "common", "static")}
+    rows["static, same FLOPs"] = found["static_same_flops"]
+    kinds = {"own": "BlockDrop", "shuffled": "dealt", "common": "dealt"}
+    points = [
+        (kinds.get(name, "static"), name, row["flops"], row["accuracy"])
+        for name, row in rows.items()
+    ]
+    right, wrong = (found[f"blocks_where_full_is_{side}"] for side in ("right", "wrong"))
+    add_points(report, "dependence", "What the decisions owe to the image",
+        "Own: each image under its own policy. Shuffled: the same policies dealt to other images. "
+        "Common: the most frequent one for all. Static: DistributeK with as many blocks, and with "
+        "what deciding costs spent on blocks as well. All on the same network. Images that the "
+        f"full network gets right have {right:.2f} blocks, those that it gets wrong {wrong:.2f}.",
+        points, "FLOPs an image", "{:.3g}")  # fmt: skip
+
+
+def base_accuracy(predicted: Predictions) -> float | None:
     """The base ResNet's accuracy; None for ConvNet-AIG, and where there is no base."""
-    if seen.spec.gated:
+    if predicted.config.gated:
         return None
-    args = argparse.Namespace(**vars(seen.subject.args) | {"load": None})
+    args = argparse.Namespace(**vars(predicted.trained.args) | {"load": None})
     try:
-        base = Subject(args, seen.spec)
+        base = TrainedModel(args, predicted.config)
     except UserError:
         return None
 
     def step(images: Tensor, labels: Tensor):
         return {"correct": base.run(images)[0].argmax(1) == labels}
 
-    tally = engine.evaluate(step, seen.test, args.precision, "the full ResNet")
-    return tally["correct"].double().mean().item()
+    results = engine.evaluate(step, predicted.test, args.precision, "the full ResNet")
+    return results["correct"].double().mean().item()
 
 
-def add_curves(report: Report, seen: Seen) -> None:
-    metrics = seen.folder / "metrics.jsonl"
+def add_curves(report: Report, predicted: Predictions) -> None:
+    metrics = predicted.folder / "metrics.jsonl"
     if metrics.exists():
-        given = seen.made_with
-        end = curriculum_end(given, seen.spec.num_blocks) if "cl_step" in given else None
+        given = predicted.made_with
+        end = curriculum_end(given, predicted.config.num_blocks) if "cl_step" in given else None
         figure = figures.curves(facts.training_curves(metrics), end)
         report.add("curves", "Training", "Figures over epochs.", figure)
 
@@ -331,28 +370,29 @@ def curriculum_end(given: dict, num_blocks: int) -> int:
 def main() -> None:
     args = parse_args()
     engine.device.keep_freed_memory()
-    all_seen = [Seen(path, args) for path in args.load]
-    seen = all_seen[0]
-    names = seen.test.class_names
+    all_predicted = [Predictions(path, args) for path in args.load]
+    predicted = all_predicted[0]
+    names = predicted.test.class_names
     classes = chosen_classes(args, names)
 
     report = Report(args.out)
-    add_paths(report, seen, classes, names, args)
-    add_easy_and_hard(report, seen, classes, names, args)
-    add_statistics(report, seen, names)
-    add_trade_off(report, all_seen, args)
-    add_curves(report, seen)
-    blocks = seen.policies.sum(1)
+    add_paths(report, predicted, classes, names, args)
+    add_easy_and_hard(report, predicted, classes, names, args)
+    add_statistics(report, predicted, names)
+    add_dependence(report, predicted)
+    add_trade_off(report, all_predicted, args)
+    add_curves(report, predicted)
+    blocks = predicted.policies.sum(1)
     head = page.table(
         ["", "accuracy", "blocks", "FLOPs/img", "policies", "images"],
-        [[seen.folder.name, f"{seen.accuracy:.2%}",
-          f"{blocks.mean():.2f} ± {blocks.std():.2f} of {seen.spec.num_blocks}",
-          f"{seen.flops:.3g}", len(facts.distinct(seen.policies)[0]), len(blocks)]],
+        [[predicted.folder.name, f"{predicted.accuracy:.2%}",
+          f"{blocks.mean():.2f} ± {blocks.std():.2f} of {predicted.config.num_blocks}",
+          f"{predicted.flops:.3g}", len(facts.distinct(predicted.policies)[0]), len(blocks)]],
     )  # fmt: skip
     part = f", --subset {args.subset}: the first images only" if args.subset else ""
-    source = f"<code>{html.escape(str(seen.path))}</code>, {seen.kind}{part}"
+    source = f"<code>{html.escape(str(predicted.path))}</code>, {predicted.kind}{part}"
     head = f'<p class="soft">{source}</p>{head}'
-    print(report.write(f"{seen.spec.name}: what the policy has learned", head))
+    print(report.write(f"{predicted.config.name}: what the policy has learned", head))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
 """Everything around the method: data, checkpoints, devices, logs and shared options."""
 
-from . import checkpoint, data, device, optim, options, published, ranks, schedule
-from .errors import UserError, about, named
-from .loop import evaluate
-from .part import Part
+from . import checkpoint, data, device, options, ranks, schedule, weights
+from .loop import Results, evaluate
+from .process import UserError, run_script, user_errors
 from .run import Run
-from .script import run_script
+from .shard import Shard
+from .trained import TrainedModel
 
 __all__ = [
-    "Part",
+    "Results",
     "Run",
+    "Shard",
+    "TrainedModel",
     "UserError",
-    "about",
     "checkpoint",
     "data",
     "device",
     "evaluate",
-    "named",
-    "optim",
     "options",
-    "published",
     "ranks",
     "run_script",
     "schedule",
+    "user_errors",
+    "weights",
 ]

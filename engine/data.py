@@ -1,34 +1,53 @@
 """Batches of images and labels on the run's device, the same for the same seed and epoch."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import Protocol
+from functools import cached_property, partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checkpoint, cifar, imagenet, ranks
-from .device import derived_seed
-from .errors import UserError, named
-from .part import AUGMENTATION, STEP, Part, parts
-from .spec import Spec
+import models
+from models import Config
+
+from . import checkpoint, cifar, pictures, ranks
+from .device import derived_seed, free_memory
+from .process import UserError
+from .shard import AUGMENTATION, STEP, Shard, shards
 
 PADDING = 4
+
+
+class DataSet(NamedTuple):
+    """Small images that are held in memory.
+
+    read(data_dir, check) gives train_images, test_images (N, H, W, 3) and train_labels, test_labels
+    (N,), all uint8; with `check` it makes sure that they are the published ones.
+    """
+
+    read: Callable[[str, bool], Mapping[str, Tensor]]
+    classes: Sequence[str]
+
+
+DATA_SETS = {
+    name: DataSet(partial(cifar.load, name), classes) for name, classes in cifar.CLASS_NAMES.items()
+}
 
 
 class Loader(Protocol):
     """A data set that can be gone through any number of times."""
 
     num_images: int
+    batch_size: int
 
     def __len__(self) -> int:
         """Batches an epoch."""
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Part]]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Shard]]:
         """This rank's part of an epoch's batches, the first `skip` left out.
 
         Images (n, 3, H, W), float32 and channels_last, labels (n,), and what part they are.
@@ -42,7 +61,7 @@ class TensorLoader:
     device and what ran before do not change what an image looks like in an epoch.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, spec: Spec, batch_size: int, **options):
+    def __init__(self, images: Tensor, labels: Tensor, config: Config, batch_size: int, **options):
         self.labels = labels.long()
         self.num_images, self.size = images.shape[:2]
         self.batch_size = batch_size
@@ -50,20 +69,20 @@ class TensorLoader:
         self.seed = options.get("seed", 0)
         self.images = images
         self.class_names: list[str] = []
-        self.mean = torch.tensor(spec.mean, device=images.device) * 255
-        self.std = torch.tensor(spec.std, device=images.device) * 255
+        self.mean = torch.tensor(config.mean, device=images.device) * 255
+        self.std = torch.tensor(config.std, device=images.device) * 255
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Part]]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Shard]]:
         order, corners, flips = self._draw(epoch)
-        for part in parts(
+        for shard in shards(
             self.num_images, self.batch_size, (self.seed, epoch, STEP), skip, self.augment
         ):
-            first = part.step * self.batch_size
-            rows = order[first + part.start : first + part.stop]
-            yield self._pixels(rows, corners[rows], flips[rows]), self.labels[rows], part
+            first = shard.step * self.batch_size
+            rows = order[first + shard.start : first + shard.stop]
+            yield self._pixels(rows, corners[rows], flips[rows]), self.labels[rows], shard
 
     def picture(self, row: int) -> np.ndarray:
         """One image as it was, uint8 (H, W, 3)."""
@@ -100,31 +119,37 @@ class TensorLoader:
         return ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
-def spec_of(config: Callable[[str], Spec], args: argparse.Namespace) -> Spec:
-    """What `--model` stands for, by `models.config`; a folder of pictures tells its classes."""
-    spec = named(config, args.model)
-    if spec.dataset == "Folder":
-        size = args.image_size or spec.image_size
-        spec = replace(spec, num_classes=imagenet.num_classes(args.data_dir), image_size=size)
+def config_of(args: argparse.Namespace, gated: bool | None = None) -> Config:
+    """What `--model` stands for; a folder of pictures tells its classes.
+
+    `gated` says which method is asked for, ConvNet-AIG or BlockDrop.
+    """
+    try:
+        config = models.config(args.model, gated)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if config.dataset == "Folder":
+        size = args.image_size or config.image_size
+        config = replace(config, num_classes=pictures.num_classes(args.data_dir), image_size=size)
     elif args.image_size:
         raise UserError(f"--image_size is for folders of pictures: {args.model} has a size")
-    return spec
+    return config
 
 
 def load(
-    spec: Spec, args: argparse.Namespace, device: torch.device, training: bool = True
+    config: Config, args: argparse.Namespace, device: torch.device, training: bool = True
 ) -> tuple[Loader | None, Loader]:
     """The training and evaluation loaders that the options ask for; see `engine.options`.
 
-    Without `training`, ImageNet does without its training pictures and their loader is None.
+    Without `training` no training images are loaded and their loader is None.
 
     `--val_split N` evaluates on the last N training images, which training then leaves out;
     `--subset N` keeps the first N images of both.
     """
-    if spec.has_pictures:
-        return imagenet.load(spec, args, device, training)
+    if config.has_pictures:
+        return pictures.load(config, args, device, training)
     with ranks.main_first():  # who may have to fetch it
-        arrays = cifar.load(spec.dataset, args.data_dir, check=not args.skip_data_check)
+        arrays = DATA_SETS[config.dataset].read(args.data_dir, not args.skip_data_check)
     train = arrays["train_images"], arrays["train_labels"]
     test = arrays["test_images"], arrays["test_labels"]
     if args.val_split:
@@ -134,10 +159,25 @@ def load(
             )
         test = tuple(array[-args.val_split :] for array in train)
         train = tuple(array[: -args.val_split] for array in train)
-    train, test = (
-        tuple(array[: args.subset].to(device) for array in arrays) for arrays in (train, test)
-    )
-    train = TensorLoader(*train, spec, args.batch_size, augment=True, seed=args.seed)
-    test = TensorLoader(*test, spec, args.batch_size)
-    train.class_names = test.class_names = cifar.CLASS_NAMES[spec.dataset]
-    return train, test
+    loaders = []
+    for arrays, options in ((train, {"augment": True, "seed": args.seed}), (test, {})):
+        if options and not training:
+            loaders.append(None)
+            continue
+        images, labels = (array[: args.subset] for array in arrays)
+        check_fits(images, device)
+        arrays = images.to(device), labels.to(device)
+        loader = TensorLoader(*arrays, config, args.batch_size, **options)
+        loader.class_names = DATA_SETS[config.dataset].classes
+        loaders.append(loader)
+    return tuple(loaders)
+
+
+def check_fits(images: Tensor, device: torch.device) -> None:
+    """Refuse images that would take more than a third of the device's free memory."""
+    free = free_memory(device)
+    if images.nbytes > free / 3:
+        raise UserError(
+            f"{images.nbytes / 2**20:.0f} MiB of images for {free / 2**20:.0f} MiB of free memory "
+            f"on {device}: take fewer with --subset, or another --device"
+        )

@@ -3,6 +3,7 @@
 import ctypes
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,12 +12,51 @@ import numpy as np
 import torch
 from torch import nn
 
+from models import capabilities
 
-def pick() -> torch.device:
-    """The GPU if there is one, that of this process where several share the work; else the CPU."""
-    if torch.cuda.is_available():
+from .process import UserError
+
+
+def pick(wanted: str | None = None) -> torch.device:
+    """The device that --device names: cpu, cuda or cuda:N.
+
+    By default the GPU if there is one, that of this process where several share the work, else the
+    CPU. Raises UserError where it is not there.
+    """
+    wanted = wanted or ("cuda" if capabilities.gpu() else "cpu")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not capabilities.gpu():
+        raise UserError(f"--device {wanted}: PyTorch sees no GPU here: take --device cpu")
+    device = torch.device(wanted)
+    if device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    if device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {wanted}: there are {torch.cuda.device_count()}, from cuda:0")
+    torch.cuda.set_device(device)
+    return device
+
+
+def tell_if_slow(device: torch.device, precision: str) -> None:
+    """Say that bfloat16 will be slow where the processor has no instructions for it."""
+    if device.type == "cpu" and precision == "bf16" and not capabilities.bf16_onednn():
+        text = "--precision bf16 works, but this processor has no bfloat16: fp32 is faster"
+        print(text, file=sys.stderr)
+
+
+def set_up(precision: str) -> None:
+    """Make a GPU compute as --precision says, and not as the process happens to have been told."""
+    # not the newer `fp32_precision`: torch.compile asks for these, and fails in 2.15 under those
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    # Every block meets a batch of another size. A search for the fastest algorithm would begin anew
+    # at each new size and its results would pile up; cuDNN's own choice costs nothing.
+    torch.backends.cudnn.benchmark = False
+
+
+def fast_precision() -> str:
+    """The faster --precision of this machine: bf16 where the hardware multiplies it."""
+    return "bf16" if capabilities.gpu() or capabilities.bf16_onednn() else "fp32"
 
 
 def keep_freed_memory() -> None:
@@ -36,12 +76,24 @@ def keep_freed_memory() -> None:
 
 def dtype(precision: str) -> torch.dtype:
     """The dtype of weights and activations where a whole network runs in the chosen precision."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Context in which convolutions and linear layers run in the chosen precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free; on a CPU without Linux's count of them, no limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            (line,) = (line for line in file if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return sys.maxsize
 
 
 def derived_seed(*numbers: int) -> int:

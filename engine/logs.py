@@ -13,7 +13,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from . import ranks
-from .errors import about
+from .process import user_errors
 
 PIXELS = 8  # a block's side in TensorBoard's picture of keep rates
 
@@ -37,7 +37,7 @@ class Logs:
         if not ranks.is_main():
             return
         goes_on = source is not None
-        with about(self.folder):
+        with user_errors(self.folder):
             lines = [f"{name}: {value}" for name, value in sorted(vars(self.args).items())]
             (self.folder / "args.txt").write_text("\n".join(lines) + "\n")
             with open(self.folder / "command.txt", "a" if goes_on else "w") as file:
@@ -71,7 +71,7 @@ class Logs:
         """Write the epoch's line of metrics.jsonl."""
         self.metrics["seconds"] = round(time.perf_counter() - self.start, 3)
         if ranks.is_main():
-            with about(self.folder), open(self.folder / "metrics.jsonl", "a") as file:
+            with user_errors(self.folder), open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(self.metrics) + "\n")
 
     def line(self, line: str, split: str, **figures: float) -> None:
@@ -98,10 +98,9 @@ class Logs:
         reward: float,
         sparsity: float,
         variance: float,
-        policy_set: set,
+        unique: int,
     ) -> None:
         """Log `utils.performance_stats` in the released code's format."""
-        unique = len(policy_set)
         self.line(
             f"A: {accuracy:.3f} | R: {reward:.2E} | S: {sparsity:.3f} | V: {variance:.3f} "
             f"| #: {unique}",

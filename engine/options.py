@@ -2,12 +2,31 @@
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from .errors import Parser, about
+import utils
+from models import Config
+
+from .process import UserError, user_errors
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that tells the defaults of the options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage text."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists all options)")
 
 
 def number(kind: type, accepts: Callable[[float], bool], needed: str) -> Callable[[str], float]:
@@ -25,6 +44,13 @@ def number(kind: type, accepts: Callable[[float], bool], needed: str) -> Callabl
     return parse
 
 
+def device_name(text: str) -> str:
+    """An argparse type: cpu, cuda or one GPU by its number."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
+    return text
+
+
 count = number(int, lambda n: n >= 1, "a whole number of 1 or more")
 amount = number(int, lambda n: n >= 0, "a whole number of 0 or more")
 side = number(int, lambda n: n >= 64, "a whole number of 64 or more")
@@ -35,22 +61,25 @@ fraction = number(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 alpha = number(float, lambda v: 0.5 < v <= 1, "in (0.5, 1]")
 
 
-def static(text: str) -> str:
-    """An argparse type: the name of a static policy, such as first:10 or random:10:3."""
-    if not re.fullmatch(r"(first|distribute):\d+|random:\d+(:\d+)?", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not first:K, random:K, random:K:SEED or distribute:K, K blocks to keep"
-        )
-    return text
-
-
 def parser(description: str, model: str = "R110_C10") -> Parser:
     """A parser with what every script takes: model, data, device arithmetic, quick looks."""
     options = Parser(description=description)
     add = options.add_argument
     add("--model", default=model, help="network and data set, such as R110_C10")
     add("--data_dir", default="data/", help="where the data set is, or is to be downloaded to")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic; bf16 autocasts")
+    add(
+        "--precision",
+        choices=("fp32", "tf32", "bf16"),
+        default="fp32",
+        help="arithmetic; tf32 is fp32 in which GPUs round what they multiply, bf16 autocasts",
+    )
+    add("--device", type=device_name, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add(
+        "--workers",
+        type=amount,
+        help="processes that read picture files (default: a processor each, 16 at most, shared by "
+        "the ranks of a host)",
+    )
     add("--seed", type=amount, default=0, help="seed of all random numbers")
     add("--subset", type=count, help="train and evaluate on the first N images, for a quick look")
     add(
@@ -78,31 +107,21 @@ def add_base(options: Parser) -> None:
 def add_static(options: Parser) -> None:
     options.add_argument(
         "--policy",
-        type=static,
         help="static baseline first:K, random:K[:SEED] or distribute:K, not the policy network",
     )
 
 
-def named_static(policy: str | None, seed: int) -> str | None:
-    """The name with the seed that a random one is drawn with, so that checkpoints tell it."""
-    if policy and policy.startswith("random") and policy.count(":") == 1:
-        return f"{policy}:{seed}"
-    return policy
+def with_seed(name: str | None, seed: int) -> str | None:
+    """A static policy's name; a random one's with the seed that it is drawn with."""
+    return f"{name}:{seed}" if name and re.fullmatch(r"random:\d+", name) else name
 
 
-def static_policy(
-    policy: str | None,
-    seed: int,
-    stages: Sequence[int],
-    make: Callable[..., Tensor],
-    device: torch.device,
-) -> Tensor | None:
-    """The (K,) policy that --policy names, by `utils.static_policy`; None without --policy."""
-    if policy is None:
+def static_policy(name: str | None, config: Config, seed: int) -> Tensor | None:
+    """The (K,) policy that --policy names; None without a name."""
+    if name is None:
         return None
-    kind, keep, seed = (named_static(policy, seed) + ":0").split(":")[:3]
-    with about(f"--policy {policy}"):
-        return make(kind, int(keep), stages, int(seed)).to(device)
+    with user_errors(f"--policy {name}"):
+        return utils.static_policy(name, config.stages, seed)
 
 
 def add_training(options: Parser, lr: float, wd: float, max_epochs: int) -> None:
@@ -122,8 +141,9 @@ def add_training(options: Parser, lr: float, wd: float, max_epochs: int) -> None
     add("--test_every", type=count, default=10, help="evaluate and save every so many epochs")
 
 
-def add_steps(options: Parser, epoch_step: int, penalty: float) -> None:
+def add_policy_stage(options: Parser, epoch_step: int, penalty: float) -> None:
     """The schedule of the two policy stages, and what their reward needs."""
+    options.set_defaults(lr_steps=None, warmup=0.0)
     add = options.add_argument
     add(
         "--schedule",

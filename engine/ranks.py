@@ -4,47 +4,42 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NoReturn
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UserError
+from models import capabilities
+
+from .process import UserError
+
+# the same processes under gloo, for waits that NCCL would end after ten minutes
+_patient: dist.ProcessGroup | None = None
 
 
-def start(parallel: bool = False) -> None:
+def start(parallel: bool = False, device: str | None = None) -> None:
     """Join the other processes that torchrun started, NCCL on GPUs and gloo on CPUs.
 
+    `device` is what --device names; "cpu" keeps GPUs out.
     With `parallel` and without torchrun, start anew with one process for each GPU of this machine.
     """
+    global _patient
+    on_gpus = capabilities.gpu() and device != "cpu"
+    if device and ":" in device and (parallel or "RANK" in os.environ):
+        raise UserError(f"--device {device} is for one process: several take --device cuda")
     if "RANK" in os.environ:
         if not dist.is_initialized():
-            if torch.cuda.is_available():
+            if on_gpus:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    elif parallel and torch.cuda.device_count() > 1:
+            dist.init_process_group("nccl" if on_gpus else "gloo")
+            _patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    elif parallel and on_gpus and torch.cuda.device_count() > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         processes = f"--nproc_per_node={torch.cuda.device_count()}"
         sys.stdout.flush()
         os.execv(sys.executable, [*torchrun, processes, *sys.argv])
-
-
-def leave(status: int) -> NoReturn:
-    """End this process; where it is one of several, without Python's own finalization.
-
-    DistributedDataParallel holds on to the group and so to gloo's threads, which now and then abort
-    a finished process during finalization (pytorch/pytorch#179291, #190489): torchrun would start
-    work again that was done, and an exit status would be lost.
-    """
-    if not dist.is_initialized():
-        sys.exit(status)
-    if status == 0:  # in an error the others may not be there to take leave of
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def rank() -> int:
@@ -67,12 +62,15 @@ def was_restarted() -> bool:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Have rank 0 do something before the others do it."""
+    """Have rank 0 do something, however long it takes, before the others do it.
+
+    Where rank 0 dies its connections do, and the others raise RuntimeError.
+    """
     if world() > 1 and not is_main():
-        dist.barrier()
+        dist.barrier(_patient)
     yield
     if world() > 1 and is_main():
-        dist.barrier()
+        dist.barrier(_patient)
 
 
 def gather(value: object) -> list:

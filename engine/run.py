@@ -15,12 +15,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import checkpoint, device, loop, ranks, stopping
+import models
+import utils
+from models import Config
+
+from . import checkpoint, device, loop, process, ranks, weights
 from .data import Loader
-from .errors import UserError, about
 from .logs import Logs
-from .spec import Spec
-from .tally import Tally
+from .process import UserError, user_errors
 
 STAGES = {
     0: "a pretrained ResNet",
@@ -35,20 +37,15 @@ HINTS = {
     3: "go on from it with aig_training.py",
 }
 
-# options that a resumed run may well be given anew
+# what the released code calls a network that is tracked here
+ALIASES = {"agent": ("agent", "net")}
+
+# options that do not change what is learned: a run may be gone on with under others
 FREE_OPTIONS = {
-    "load",
-    "cv_dir",
-    "data_dir",
-    "policy",
-    "max_epochs",
-    "test_every",
-    "base",
-    "pretrained",
-    "parallel",
-    "resume",
-    "micro_batch",
-    "save_minutes",
+    *("load", "cv_dir", "data_dir", "base", "pretrained", "teacher", "policy_init"),
+    *("policy", "policy_size"),  # come from the checkpoint if they are not given
+    *("max_epochs", "test_every", "save_minutes", "resume", "skip_data_check"),
+    *("device", "parallel", "workers", "micro_batch", "precision"),
 }
 
 
@@ -61,11 +58,14 @@ class Run:
     """
 
     def __init__(
-        self, args: argparse.Namespace, stage: int, spec: Spec, cv_dir: str | Path = "cv/tmp/"
+        self, args: argparse.Namespace, stage: int, config: Config, cv_dir: str | Path = "cv/tmp/"
     ):
-        self.args, self.stage, self.spec = args, stage, spec
-        ranks.start(args.parallel)
-        self.device = device.pick()
+        self.args, self.stage, self.config = args, stage, config
+        ranks.start(args.parallel, args.device)
+        self.device = device.pick(args.device)
+        device.set_up(args.precision)
+        if ranks.is_main():
+            device.tell_if_slow(self.device, args.precision)
         self.done, self.steps_done = 0, 0
         self.partial: dict[str, torch.Tensor] = {}
         self.is_trained = False  # this epoch, its evaluation still to come
@@ -80,7 +80,7 @@ class Run:
         if (args.resume or ranks.was_restarted()) and (target / checkpoint.LAST).exists():
             args.load, source = str(target), target
         if args.load:
-            self.loaded = checkpoint.read_for(spec, args.load)
+            self.loaded = weights.read_for(config, args.load)
             self._check_stage()
             self.done = int(self.loaded.get("epoch", 0))
             self.steps_done = int(self.loaded.get("steps_done", 0))
@@ -90,9 +90,13 @@ class Run:
         self.source, self.cv_dir = source, target
         self.logs = Logs(target, args)
         self.lock = None
+        new = not source or target.resolve() != source.resolve()
+        if not new and self.done < args.max_epochs:  # a finished run is only told of
+            self._check_options()
         if ranks.is_main():
-            self._claim_directory(new=not source or target.resolve() != source.resolve())
-        self._tell_changes()
+            self._claim_directory(new)
+        if new:
+            self._tell_changes()
         device.keep_freed_memory()
         device.seed_everything(args.seed, 0)
 
@@ -111,12 +115,12 @@ class Run:
             steps = f" and {self.steps_done} steps" if self.steps_done else ""
             error.add_note(f"epoch {self.done}{steps} is kept; go on with --load {last}")
 
-    def load_base(self, resnet: nn.Module, load: Callable) -> None:
-        """Load the base ResNet by `load(resnet, tensors)`; checkpoints then say which it was."""
-        checkpoint.load_base(self.spec, self.args.base, resnet, load)
-        self.extras["base"] = checkpoint.fingerprint(resnet)
+    def load_base(self, resnet: models.ResNet) -> None:
+        """Load the base ResNet; checkpoints then say which it was."""
+        weights.load_base(self.config, self.args.base, resnet)
+        self.extras["base"] = weights.fingerprint(resnet)
         if self.stage == stage_of(self.loaded):
-            checkpoint.check_base(self.loaded, self.args.load, resnet)
+            weights.check_base(self.loaded, self.args.load, resnet)
 
     def place(self, *networks: nn.Module) -> None:
         for network in networks:
@@ -130,23 +134,23 @@ class Run:
         self.wrapped.append(ranks.wrap(module, self.args.sync_bn))
         return self.wrapped[-1]
 
-    def track(
-        self, name: str, part: Any, load: Callable[[Any, Mapping], None] | None = None
-    ) -> None:
-        """Put a module or optimizer into the checkpoints under `name`, and restore it after --load.
-
-        load(part, state) restores it where the plain `load_state_dict` would not do.
+    def track(self, name: str, owner: nn.Module | torch.optim.Optimizer) -> None:
+        """Put a network or optimizer into the checkpoints under `name`, and restore it from the
+        state of that name after --load.
         """
-        self.tracked[name] = part
+        self.tracked[name] = owner
         if not self.loaded:
             return
-        with about(self.args.load):
-            if isinstance(part, torch.optim.Optimizer):
-                self._restore_optimizer(part, self.loaded.get(name))
-            elif name == "agent":
-                load(part, checkpoint.policy_weights(self.loaded, self.args.load))
-            else:
-                load(part, checkpoint.resnet_weights(self.loaded, self.args.load))
+        if isinstance(owner, torch.optim.Optimizer):
+            with user_errors(self.args.load):
+                self._restore_optimizer(owner, self.loaded.get(name))
+            return
+        found = {key: self.loaded[key] for key in ALIASES.get(name, (name,)) if key in self.loaded}
+        if not found:
+            raise UserError(f"{self.args.load}: holds no {name!r}, which this run goes on from")
+        if "policy_size" in self.loaded:
+            found["policy_size"] = self.loaded["policy_size"]
+        weights.load_into(owner, found, self.args.load)
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, state: Any) -> None:
         """Moments come from the checkpoint, hyperparameters from the command line."""
@@ -180,12 +184,24 @@ class Run:
         if ranks.is_main():
             tqdm.write(text, file=sys.stderr)
 
-    def _tell_changes(self) -> None:
-        """Say which options differ from those that the run began with; the new ones hold."""
+    def _changes(self) -> list[tuple[str, Any, Any]]:
+        """Options of the loaded run that differ now: name, before, now."""
         before, now = self.loaded.get("args", {}), vars(self.args)
-        for name in sorted(before.keys() & now.keys() - FREE_OPTIONS):
-            if before[name] != now[name]:
-                self.note(f"--{name} {now[name]} (was {before[name]})")
+        names = sorted(before.keys() & now.keys() - FREE_OPTIONS)
+        return [(n, before[n], now[n]) for n in names if before[n] != now[n]]
+
+    def _check_options(self) -> None:
+        """Refuse other options than those that the run in this directory began with."""
+        for name, before, now in self._changes():
+            raise UserError(
+                f"{self.cv_dir} was begun with --{name} {before}, not {now}: go on with that, or "
+                "change it in a new --cv_dir with --load"
+            )
+
+    def _tell_changes(self) -> None:
+        """Say which options differ from those of the run that this one continues elsewhere."""
+        for name, before, now in self._changes():
+            self.note(f"--{name} {now} (was {before})")
 
     def _claim_directory(self, new: bool) -> None:
         """Make sure that cv_dir can be written and, where a new one is meant, holds no run."""
@@ -194,7 +210,7 @@ class Run:
                 f"{self.cv_dir} already holds a run: go on with --load {self.cv_dir}, "
                 "or choose another --cv_dir"
             )
-        with about(self.cv_dir):
+        with user_errors(self.cv_dir):
             self.cv_dir.mkdir(parents=True, exist_ok=True)
             # held until this process ends, however it ends
             self.lock = open(self.cv_dir / ".lock", "w")
@@ -233,27 +249,27 @@ class Run:
         optimizers: Sequence[torch.optim.Optimizer],
         loader: Loader,
         **options,
-    ) -> Tally:
+    ) -> loop.Results:
         """This epoch of training, or what is left of it; see `engine.loop.train_epoch`."""
         epoch = self.logs.metrics["epoch"]
-        tally = Tally(loader, epoch, f"epoch {epoch}", self.steps_done, self.partial)
-        with stopping.patiently():
+        results = loop.Results(loader, epoch, f"epoch {epoch}", self.steps_done, self.partial)
+        with process.patiently():
             loop.train_epoch(
                 step,
                 self.wrapped,
                 optimizers,
-                tally,
+                results,
                 self.args.precision,
                 micro_batch=self.args.micro_batch,
-                after_step=partial(self._between_steps, tally),
+                after_step=partial(self._between_steps, results),
                 **options,
             )
             ranks.share_buffers(self.wrapped)
-            self.steps_done, self.partial = len(loader), tally.gather()
+            self.steps_done, self.partial = len(loader), results.gather()
             self.is_trained = True
             self._stop_if_asked()
         self._tell_damaged(loader)
-        return tally
+        return results
 
     def _tell_damaged(self, loader: Loader) -> None:
         """Count the pictures of all ranks in whose place another stood."""
@@ -264,24 +280,43 @@ class Run:
             self.logs.metrics["damaged_images"] = len(damaged)
             self.note(f"{len(damaged)} pictures cannot be read, the first {damaged[0]}: replaced")
 
-    def _between_steps(self, tally: Tally, steps_done: int) -> None:
+    def _between_steps(self, results: loop.Results, steps_done: int) -> None:
         """Write last.t7 every so many minutes, and before a stop that was asked for."""
         due = time.monotonic() - self.saved > 60 * self.args.save_minutes
-        wish = ranks.largest(int(due or stopping.requested()), self.device)
-        if wish and steps_done < len(tally.loader):
+        wish = ranks.largest(int(due or process.requested()), self.device)
+        if wish and steps_done < len(results.loader):
             ranks.share_buffers(self.wrapped)
-            self.steps_done, self.partial = steps_done, tally.gather()
+            self.steps_done, self.partial = steps_done, results.gather()
             self.save_partway()
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
         """Stop all ranks where one was asked to."""
-        if ranks.largest(int(stopping.requested()), self.device):
-            raise stopping.Stopped
+        if ranks.largest(int(process.requested()), self.device):
+            raise process.Stopped
 
-    def evaluate(self, step: loop.TestStep, loader: Loader) -> Tally:
+    def evaluate(self, step: loop.TestStep, loader: Loader) -> loop.Results:
         """An evaluation; see `engine.loop.evaluate`."""
         return loop.evaluate(step, loader, self.args.precision)
+
+    def dependence(self, resnet: loop.Network, results: loop.Results, loader: Loader) -> None:
+        """Log an evaluation's accuracy where its policies are dealt to other images, and where all
+        images get the most frequent one: what its decisions owe to the image.
+        """
+        policies = results["policy"]
+        if not len(policies):
+            return
+        common = utils.most_frequent(policies).expand_as(policies)
+        found = {"shuffled": utils.deal(policies, self.args.seed), "common": common}
+        figures = {
+            name: loop.correct_under(resnet, given, loader, self.args.precision, name)
+            .double()
+            .mean()
+            .item()
+            for name, given in found.items()
+        }
+        shown = " | ".join(f"{name}: {value:.3f}" for name, value in figures.items())
+        self.logs.line(shown, "test", **figures)
 
     def recalibrate(
         self, forward: Callable[[torch.Tensor], object], network: nn.Module, loader: Loader
@@ -315,9 +350,13 @@ class Run:
         if not ranks.is_main():
             return
         content = {name: cpu(part.state_dict()) for name, part in self.tracked.items()}
-        content |= {"model": self.spec.name, "stage": self.stage, "args": vars(self.args)}
+        content |= {"model": self.config.name, "stage": self.stage, "args": vars(self.args)}
+        content["normalisation"] = [list(self.config.mean), list(self.config.std)]
+        for owner in self.tracked.values():
+            if isinstance(owner, models.PolicyNet) and owner.size is not None:
+                content["policy_size"] = owner.size
         content |= {"epoch": self.logs.metrics.get("epoch", self.done), **self.extras, **figures}
-        with stopping.undisturbed():
+        with process.undisturbed():
             checkpoint.write(content, self.cv_dir / name)
 
 

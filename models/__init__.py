@@ -2,23 +2,38 @@
 
 from .aig import GatedResNet
 from .deployment import deploy
-from .policy import PolicyNet
+from .policy import (
+    POLICY_SIZES,
+    Correctness,
+    Decider,
+    PolicyAtPenalty,
+    PolicyNet,
+    WithCorrectness,
+    decider,
+)
 from .registry import Config, build, config, names
 from .resnet import ResNet
-from .weights import load_fitting, load_gated, load_policy, load_resnet, load_ungated
+from .weights import load_fitting, load_gated, load_policy, load_resnet, load_strictly, load_ungated
 
 __all__ = [
+    "POLICY_SIZES",
     "Config",
+    "Correctness",
+    "Decider",
     "GatedResNet",
+    "PolicyAtPenalty",
     "PolicyNet",
     "ResNet",
+    "WithCorrectness",
     "build",
     "config",
+    "decider",
     "deploy",
     "load_fitting",
     "load_gated",
     "load_policy",
     "load_resnet",
+    "load_strictly",
     "load_ungated",
     "names",
 ]

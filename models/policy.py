@@ -1,17 +1,26 @@
 """Policy networks: one look at the image, one keep-probability for every residual block."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import utils
+
 from .resnet import BasicBlock, CifarResNet, ImageNetResNet, ResNet
+
+POLICY_SIZES = (32, 16)  # pixels; 8 are measurably too few
 
 
 class PolicyNet(nn.Module):
     """Small ResNet with a head of K keep-probabilities (paper, section 3.2).
 
-    `vnet` is a value head that no loss uses; it stays so that released checkpoints load.
+    `vnet` is a value head that no loss uses; it stays so that released checkpoints load. `size` is
+    that of the images it looks at, where there is a choice.
     """
+
+    size: int | None = None
 
     def __init__(self, features: ResNet, num_blocks: int, shrink: nn.Module):
         super().__init__()
@@ -23,7 +32,10 @@ class PolicyNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, 3, H, W). Returns probs (B, K) in (0, 1), float32 or wider, and value (B, 1)."""
-        x = self.features(self.shrink(x))
+        return self.heads(self.features(self.shrink(x)))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities and value from pooled features (B, num_features)."""
         # under bfloat16 autocast a probability near 1 would round to 1 and its gradient to 0
         logits = self.logit(x)
         probs = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
@@ -31,10 +43,18 @@ class PolicyNet(nn.Module):
 
 
 class CifarPolicy(PolicyNet):
-    """ResNet-8 on the 32x32 image."""
+    """ResNet-8 on the 32x32 image or, for a quarter of the cost, on that averaged to 16x16."""
 
     def __init__(self, num_blocks: int):
         super().__init__(CifarResNet((1, 1, 1), None), num_blocks, nn.Identity())
+        self.size = 32
+
+    def look_at(self, size: int) -> None:
+        """Look at images of this size, 32 or 16; weights and their names stay the same."""
+        if size not in POLICY_SIZES:
+            raise ValueError(f"a policy network looks at 32 or 16 pixels, not {size}")
+        self.size = size
+        self.shrink = nn.Identity() if size == 32 else nn.AvgPool2d(2)
 
 
 class Halve(nn.Module):
@@ -50,3 +70,71 @@ class ImageNetPolicy(PolicyNet):
     def __init__(self, num_blocks: int):
         features = ImageNetResNet(BasicBlock, (1, 1, 1, 1), None)
         super().__init__(features, num_blocks, Halve())
+
+
+class Correctness(nn.Module):
+    """A head that predicts under which of C policies the ResNet will be right.
+
+    candidates: (C, K). Called with pooled features (B, num_features) it returns logits (B, C).
+    """
+
+    def __init__(self, num_features: int, candidates: Tensor):
+        super().__init__()
+        self.register_buffer("candidates", candidates)
+        self.linear = nn.Linear(num_features, len(candidates))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features)
+
+
+class WithCorrectness(nn.Module):
+    """A policy network and a `Correctness` head that look at the image together.
+
+    Called like a policy network; in place of the value it returns the head's logits (B, C).
+    """
+
+    def __init__(self, policy_net: PolicyNet, correctness: Correctness):
+        super().__init__()
+        self.policy_net, self.correctness = policy_net, correctness
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.policy_net.features(self.policy_net.shrink(x))
+        return self.policy_net.heads(features)[0], self.correctness(features)
+
+
+class PolicyAtPenalty(nn.Module):
+    """Chooses, for a penalty that is given when it is used, the candidate of largest reward.
+
+    Called like a policy network: the policy (B, K), 0 or 1, stands for the probabilities and its
+    expected reward (B, 1) for the value. `penalty` may be set anew at any time.
+    """
+
+    def __init__(self, policy_net: PolicyNet, correctness: Correctness, penalty: float):
+        super().__init__()
+        self.features, self.shrink = policy_net.features, policy_net.shrink
+        self.num_blocks, self.size = policy_net.num_blocks, policy_net.size
+        self.correctness, self.penalty = correctness, penalty
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return choose(self.correctness(self.features(self.shrink(x))), self)
+
+
+def choose(logits: Tensor, at: PolicyAtPenalty) -> tuple[Tensor, Tensor]:
+    """The best candidates and their expected rewards, from a `Correctness` head's logits (B, C)."""
+    candidates = at.correctness.candidates
+    right = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    reward, chosen = utils.expected_reward(right, candidates, at.penalty).max(1)
+    return candidates[chosen], reward[:, None]
+
+
+Decider = Callable[[Tensor], Tensor]
+
+
+def decider(policy_net: nn.Module | None, static: Tensor | None = None) -> Decider:
+    """Who decides, as a function of images (B, 3, H, W) that gives their policy (B, K).
+
+    The policy network's most probable one, or the same `static` one, (K,), for every image.
+    """
+    if static is not None:
+        return lambda images: static.to(images.device).expand(len(images), -1)
+    return lambda images: utils.most_probable(policy_net(images)[0])

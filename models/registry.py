@@ -22,6 +22,9 @@ CIFAR = {"C10": ("CIFAR10", 10), "C100": ("CIFAR100", 100)}
 
 PICTURES = {"ImgNet": "ImageNet", "Folder": "Folder"}
 
+# By the letters that a name begins with; AIG are the ResNets of ConvNet-AIG.
+CIFAR_RESNETS = {"R": CifarResNet, "AIG": ProjectedCifarResNet}
+
 IMAGENET = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
@@ -31,6 +34,22 @@ IMAGENET = {
 }
 
 Colour = tuple[float, float, float]
+
+# Mean and standard deviation of pixels in [0, 1], by kind of model and data, as the released codes
+# have them: of BlockDrop's CIFAR models one normalises, the others take [0, 1].
+NORMALISATION: dict[tuple[str, str], tuple[Colour, Colour]] = {
+    ("R32", "C10"): (
+        tuple(v / 255 for v in (125.3, 123.0, 113.9)),
+        tuple(v / 255 for v in (63.0, 62.1, 66.7)),
+    ),
+    ("AIG", "C10"): ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    ("AIG", "C100"): ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    **dict.fromkeys(
+        [(method, data) for method in ("R", "AIG") for data in PICTURES],
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ),
+}
+AS_THEY_ARE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -44,8 +63,8 @@ class Config:
     image_size: int
     stages: tuple[int, ...]
     gated: bool = False  # ConvNet-AIG
-    mean: Colour = (0.0, 0.0, 0.0)
-    std: Colour = (1.0, 1.0, 1.0)
+    mean: Colour = AS_THEY_ARE[0]
+    std: Colour = AS_THEY_ARE[1]
 
     @property
     def has_pictures(self) -> bool:
@@ -80,9 +99,13 @@ def config(name: str, gated: bool | None = None) -> Config:
 
 
 def parse(name: str) -> Config:
-    match = re.fullmatch(r"(R|AIG)(\d+)_(C10|C100|ImgNet|Folder)", name)
+    match = re.fullmatch(
+        rf"({'|'.join(CIFAR_RESNETS)})(\d+)_({'|'.join([*CIFAR, *PICTURES])})", name
+    )
     method, depth, data = (match[1], int(match[2]), match[3]) if match else ("", 0, "")
     gated = method == "AIG"
+    by_method = NORMALISATION.get((method, data), AS_THEY_ARE)
+    mean, std = NORMALISATION.get((f"{method}{depth}", data), by_method)
     if data in PICTURES and depth in IMAGENET:
         return Config(
             name,
@@ -92,20 +115,13 @@ def parse(name: str) -> Config:
             image_size=224,
             stages=IMAGENET[depth][1],
             gated=gated,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
+            mean=mean,
+            std=std,
         )
     if data in CIFAR and depth >= 8 and depth % 6 == 2:
         dataset, num_classes = CIFAR[data]
-        colours = {}
-        if name == "R32_C10":  # the one CIFAR model of the released code that normalises its pixels
-            colours["mean"] = tuple(v / 255 for v in (125.3, 123.0, 113.9))
-            colours["std"] = tuple(v / 255 for v in (63.0, 62.1, 66.7))
-        elif gated:
-            colours["mean"] = (0.4914, 0.4822, 0.4465)
-            colours["std"] = (0.2023, 0.1994, 0.2010)
         stages = ((depth - 2) // 6,) * 3
-        return Config(name, depth, dataset, num_classes, 32, stages, gated, **colours)
+        return Config(name, depth, dataset, num_classes, 32, stages, gated, mean, std)
     raise ValueError(
         f"unknown model {name!r}: take one of {', '.join(USUAL)}, another CIFAR depth 6n+2 "
         f"such as R56_C10, or another ImageNet depth ({', '.join(f'R{d}' for d in IMAGENET)}); "
@@ -134,4 +150,5 @@ def ungated(spec: Config) -> ResNet:
     if spec.has_pictures:
         block, stages = IMAGENET[spec.depth]
         return ImageNetResNet(block, stages, spec.num_classes)
-    return (ProjectedCifarResNet if spec.gated else CifarResNet)(spec.stages, spec.num_classes)
+    (method,) = (letters for letters in CIFAR_RESNETS if re.match(rf"{letters}\d", spec.name))
+    return CIFAR_RESNETS[method](spec.stages, spec.num_classes)

@@ -140,15 +140,21 @@ class ResNet(nn.Module):
         return self.stem_pool(F.relu(self.bn1(self.conv1(x)), inplace=True))
 
     def head(self, x: Tensor) -> Tensor:
+        """Pooled features, or logits: float32 under autocast too, or near ones would be equal."""
         x = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        return x if self.fc is None else self.fc(x)
+        if self.fc is None:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            return self.fc(x.to(self.fc.weight.dtype))
 
 
 class CifarResNet(ResNet):
     """ResNet-(6n+2) for 32x32 images: n BasicBlocks a stage, 16/32/64 channels (He et al. 2016)."""
 
+    widths = (16, 32, 64)
+
     def __init__(self, stages: Sequence[int], num_classes: int | None):
-        super().__init__(BasicBlock, stages, (16, 32, 64), stem_channels=16)
+        super().__init__(BasicBlock, stages, self.widths, stem_channels=16)
         self.conv1 = conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
         self.stem_pool = nn.Identity()

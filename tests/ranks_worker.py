@@ -15,7 +15,7 @@ import models
 import utils
 from engine import loop, ranks
 from engine.data import TensorLoader
-from engine.tally import Tally
+from engine.loop import Results
 
 ARGS = SimpleNamespace(alpha=0.8, beta=0.1, penalty=-3.0, samples=2, distill=0.0, loss_factor=2.0)
 
@@ -82,7 +82,7 @@ def main(micro_batch, path):
         data, recorder = loader(spec, training=True), Recorder(*networks)
         data.epoch = double(data.epoch)
         wrapped = [ranks.wrap(network) for network in networks]
-        tally = Tally(data, 1, name)
+        tally = Results(data, 1, name)
         pieces = None if name == "aig" else micro_batch
         loop.train_epoch(
             make_step(*wrapped), wrapped, [recorder], tally, "fp32", micro_batch=pieces

@@ -2,13 +2,14 @@
 
 import os
 import pickle
+import subprocess
 
 import pytest
 import torch
 
 import engine
 import models
-from engine import UserError, checkpoint
+from engine import UserError, checkpoint, weights
 
 
 def test_written_is_read(tmp_path):
@@ -107,39 +108,69 @@ def test_checkpoints_of_another_model_are_refused(tmp_path, key):
         content = {n.replace("blocks.", "layer"): t for n, t in resnet.state_dict().items()}
     torch.save(content, tmp_path / "x.t7")
     with pytest.raises(UserError, match=r"x.t7 is for .*15 blocks\)?, not R110_C10 \(54\)"):
-        checkpoint.read_for(models.config("R110_C10"), tmp_path / "x.t7")
-    checkpoint.read_for(models.config("R32_C10"), tmp_path / "x.t7")
+        weights.read_for(models.config("R110_C10"), tmp_path / "x.t7")
+    weights.read_for(models.config("R32_C10"), tmp_path / "x.t7")
 
 
 def test_same_shape_of_another_data_set_is_refused(tmp_path):
     checkpoint.write({"agent": {}, "model": "R32_C100"}, tmp_path / "x.t7")
     with pytest.raises(UserError, match="is for R32_C100"):
-        checkpoint.read_for(models.config("R32_C10"), tmp_path / "x.t7")
+        weights.read_for(models.config("R32_C10"), tmp_path / "x.t7")
 
 
 def test_base_is_found_or_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     with pytest.raises(UserError, match="pretrain.py --model R32_C10.*--base"):
-        checkpoint.find_base("R32_C10", None)
+        weights.find_base("R32_C10", None)
     folder = tmp_path / "cv" / "pretrained" / "R32_C10"
     folder.mkdir(parents=True)
     (folder / "pk_E_1_A_0.900.t7").touch()
-    assert checkpoint.find_base("R32_C10", None) == folder / "pk_E_1_A_0.900.t7"
+    assert weights.find_base("R32_C10", None) == folder / "pk_E_1_A_0.900.t7"
     (folder / "pk_E_2_A_0.910.t7").touch()
     with pytest.raises(UserError, match="several.*--base"):
-        checkpoint.find_base("R32_C10", None)
-    assert str(checkpoint.find_base("R32_C10", "my.t7")) == "my.t7"
+        weights.find_base("R32_C10", None)
+    assert str(weights.find_base("R32_C10", "my.t7")) == "my.t7"
 
 
 def test_fingerprint_tells_weights_apart():
     resnet, _ = models.build("R8_C10")
-    before = checkpoint.fingerprint(resnet)
-    assert checkpoint.fingerprint(resnet) == before
+    before = weights.fingerprint(resnet)
+    assert weights.fingerprint(resnet) == before
     with torch.no_grad():
         resnet.fc.bias[3] += 1e-6
-    assert checkpoint.fingerprint(resnet) != before
+    assert weights.fingerprint(resnet) != before
 
 
 def test_seeds_are_functions_of_all_their_numbers():
     seeds = {engine.device.derived_seed(a, b) for a in range(20) for b in range(20)}
     assert len(seeds) == 400
+
+
+def test_models_that_may_be_shipped_are_not_hidden():
+    """Runs are, and what a run goes on from."""
+
+    def hidden(path):
+        command = ["git", "check-ignore", "-q", "--no-index", path]
+        return subprocess.run(command, cwd=checkpoint.ROOT).returncode == 0
+
+    if subprocess.run(["git", "rev-parse"], cwd=checkpoint.ROOT, capture_output=True).returncode:
+        pytest.skip("no git work tree")
+    for model in ("R32_C10", "R32_C100", "R110_C100", "AIG32_C100", "R50_ImgNet"):
+        assert not hidden(f"cv/{model}/stage1/ckpt_E_1_A_0.9.t7")
+        assert hidden(f"cv/{model}/stage1/last.t7")
+    for path in ("cv/tmp/ckpt.t7", "cv/demo/x", "cv/reproduce/R32_C10/base/pk.t7"):
+        assert hidden(path)
+
+
+def test_pixels_of_another_normalisation_are_said(tmp_path, capsys):
+    config = models.config("R32_C10")
+    weights.tell_other_pixels(config, {"model": "R32_C10"}, "a.t7")
+    weights.tell_other_pixels(config, {"model": "another code's"}, "a.t7")
+    own = [list(config.mean), list(config.std)]
+    weights.tell_other_pixels(config, {"model": "R8_C10", "normalisation": own}, "a.t7")
+    assert not capsys.readouterr().err
+    for content in ({"model": "R110_C10"}, {"normalisation": [[0.0] * 3, [1.0] * 3]}):
+        weights.tell_other_pixels(config, content, "b.t7")
+        assert "b.t7: learned from pixels of mean and deviation 0,0,0 / 1,1,1" in (
+            capsys.readouterr().err
+        )

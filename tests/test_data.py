@@ -1,7 +1,11 @@
 """Batches: augmentation against a loop, order and randomness, sources and their checks."""
 
+import contextlib
 import hashlib
+import multiprocessing
+import os
 import pickle
+import signal
 import subprocess
 from types import SimpleNamespace
 
@@ -11,7 +15,8 @@ import torch
 
 import engine
 import models
-from engine import UserError, cifar, imagenet
+from engine import UserError, cifar
+from engine import pictures as picture_files
 from engine.data import TensorLoader
 
 SPEC = models.config("R32_C10")
@@ -77,6 +82,7 @@ def test_an_epoch_is_a_function_of_seed_and_epoch():
 
 def options(data_dir, **given):
     plain = dict(data_dir=data_dir, skip_data_check=True, val_split=0, subset=None, seed=0)
+    plain |= dict(workers=None)
     return SimpleNamespace(**plain | {"batch_size": 16} | given)
 
 
@@ -269,14 +275,14 @@ def test_a_damaged_picture_is_replaced_in_training_and_stops_an_evaluation(pictu
 
 def test_a_picture_with_something_appended_is_whole(pictures):
     path = pictures / "val" / "n01" / "1.JPEG"
-    before = imagenet.decode(str(path))
+    before = picture_files.decode(str(path))
     whole = path.read_bytes()
     path.write_bytes(whole + b"MotionPhoto" * 50)
-    assert torch.equal(imagenet.decode(str(path)), before)
+    assert torch.equal(picture_files.decode(str(path)), before)
     for size in (3, 30, len(whole) // 2, len(whole) - 2):
         path.write_bytes(whole[:size])
         with pytest.raises((ValueError, RuntimeError)):
-            imagenet.decode(str(path))
+            picture_files.decode(str(path))
 
 
 def test_odd_kinds_of_pictures_are_read(tmp_path):
@@ -302,7 +308,7 @@ def test_odd_kinds_of_pictures_are_read(tmp_path):
 def test_a_folder_model_takes_its_classes_from_the_folders(pictures):
     args = options(pictures)
     args.model, args.image_size = "R18_Folder", 64
-    spec = engine.data.spec_of(models.config, args)
+    spec = engine.data.config_of(args)
     assert spec.num_classes == 2 and spec.image_size == 64
     resnet, _ = models.build("R18_Folder", spec.num_classes)
     assert resnet(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
@@ -311,19 +317,58 @@ def test_a_folder_model_takes_its_classes_from_the_folders(pictures):
         engine.data.load(spec, args, CPU)
     args.model = "R18_ImgNet"
     with pytest.raises(UserError, match="--image_size"):
-        engine.data.spec_of(models.config, args)
+        engine.data.config_of(args)
 
 
 def test_the_published_weights_are_asked_of_torchvision(monkeypatch):
     from torchvision.models import ResNet18_Weights
 
-    from engine import published
+    from engine import weights
 
     def unreachable(self, **_):
         raise OSError("host not found")
 
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", unreachable)
     with pytest.raises(UserError, match="ResNet-18 .*host not found.*: do this"):
-        published.resnet(18, "do this")
+        weights.torchvision_resnet(18, "do this")
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda self, **_: {"x": 1})
-    assert published.resnet(18, "") == {"x": 1}
+    assert weights.torchvision_resnet(18, "") == {"x": 1}
+
+
+def test_an_evaluation_loads_no_training_images(cifar_dir):
+    train, test = engine.data.load(SPEC, options(cifar_dir), CPU, training=False)
+    assert train is None and test.num_images == 40
+    _, held_out = engine.data.load(SPEC, options(cifar_dir, val_split=30), CPU, training=False)
+    assert held_out.num_images == 30
+
+
+def test_images_that_do_not_fit_are_refused(cifar_dir, monkeypatch):
+    monkeypatch.setattr(engine.data, "free_memory", lambda device: 120 * 3072 * 2)
+    with pytest.raises(UserError, match="MiB of free memory on cpu: take fewer with --subset"):
+        engine.data.load(SPEC, options(cifar_dir), CPU)
+    train, _ = engine.data.load(SPEC, options(cifar_dir, subset=50), CPU)
+    assert train.num_images == 50
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_start_in_every_way_and_bide_their_time(method, pictures, monkeypatch):
+    """Python 3.14 starts them by forkserver; SIGTERM is to leave them while a step ends."""
+    context = multiprocessing.get_context(method)
+    expected = [x for x, _, _ in engine.data.load(R18, options(pictures), CPU)[1].epoch(0)]
+    _, val = engine.data.load(R18, options(pictures, workers=1, batch_size=1), CPU)
+    val.loader.multiprocessing_context = context
+    batches = val.epoch(0)
+    found = [next(batches)[0]]
+    (worker,) = multiprocessing.active_children()
+    with engine.process.patiently():
+        os.kill(worker.pid, signal.SIGTERM)
+        found += [x for x, _, _ in batches]
+    assert torch.equal(torch.cat(found), torch.cat(expected))
+
+    batches = val.epoch(0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    with contextlib.suppress(RuntimeError):  # DataLoader tells of its own child's end
+        worker.join(20)
+    assert worker.exitcode == 128 + signal.SIGTERM

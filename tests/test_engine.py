@@ -11,27 +11,35 @@ import pytest
 import torch
 from torch import nn
 
-from engine import checkpoint, loop, optim, schedule, stopping
+import engine
+from engine import checkpoint, loop, process, schedule
 
 
 def settings(**given):
     plain = {"schedule": "step", "lr_decay_ratio": 0.1, "epoch_step": 3, "max_epochs": 5}
+    plain |= {"lr_steps": None, "warmup": 0.0}
     return Namespace(**plain | {"alpha": 0.8, "alpha_end": None, "penalty": -2.0} | given)
 
 
 def test_learning_rates_step_as_released():
-    factors = [schedule.lr_factor(settings(), epoch) for epoch in range(1, 8)]
+    factors = [schedule.lr_factor(settings(), done) for done in range(7)]
     assert factors == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01])
 
 
 def test_learning_rates_fall_in_a_cosine():
     args = settings(schedule="cosine", max_epochs=4)
-    factors = [schedule.lr_factor(args, epoch) for epoch in range(1, 5)]
+    factors = [schedule.lr_factor(args, done) for done in range(4)]
     half = math.sqrt(0.5)
     assert factors == pytest.approx([1, (1 + half) / 2, 0.5, (1 - half) / 2])
     assert [schedule.cosine(p, warmup=0.5) for p in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(
         [0, 0.5, 1, 0.5, 0]
     )
+
+
+def test_learning_rates_step_after_named_epochs():
+    args = settings(lr_steps=[2, 3])
+    factors = [schedule.lr_factor(args, epoch - 0.5) for epoch in range(1, 6)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.01, 0.01])
 
 
 def test_settings_with_an_end_move_there_in_a_line():
@@ -45,12 +53,12 @@ def test_settings_with_an_end_move_there_in_a_line():
 
 def test_only_weights_decay_and_rates_scale_from_the_first():
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
-    optimizer = optim.sgd(network, lr=0.2, wd=0.3)
+    optimizer = schedule.sgd(network, lr=0.2, wd=0.3)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     for parameter in network.parameters():
         assert decay[id(parameter)] == (0.3 if parameter.ndim > 1 else 0.0)
     for factor in (0.5, 0.1):
-        optim.scale_lr(optimizer, factor)
+        schedule.scale_lr(optimizer, factor)
         assert all(g["lr"] == pytest.approx(0.2 * factor) for g in optimizer.param_groups)
 
 
@@ -97,24 +105,24 @@ def test_an_interrupted_recalibration_leaves_the_statistics_as_they_were():
 
 
 def test_a_stop_waits_for_a_step_and_for_a_file():
-    stopping.listen()
+    process.listen()
     try:
-        with stopping.patiently():
+        with process.patiently():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # torchrun and a cluster may both tell
-            assert stopping.requested()
-            with stopping.undisturbed():
+            assert process.requested()
+            with process.undisturbed():
                 os.kill(os.getpid(), signal.SIGALRM)  # its seconds are over: not while writing
-            with pytest.raises(stopping.Stopped):
+            with pytest.raises(process.Stopped):
                 os.kill(os.getpid(), signal.SIGALRM)
-        stopping.listen()
-        with pytest.raises(stopping.Stopped):
+        process.listen()
+        with pytest.raises(process.Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        stopping._requested = False
+        process._requested = False
 
 
 @pytest.mark.parametrize("ending, status", [("pass", 0), ("raise engine.UserError('why')", 2)])
@@ -132,3 +140,51 @@ engine.run_script(main)
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, cwd=checkpoint.ROOT)
     assert (result.returncode, result.stdout) == (status, "done\n"), result.stderr
+
+
+def test_backward_runs_outside_autocast():
+    """As PyTorch's documentation of autocast asks."""
+    layer = nn.Linear(4, 2)
+    seen = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return grad
+
+    def step(images, labels, shard):
+        return Watch.apply(layer(images)).float().mean(), {"correct": labels == 0}
+
+    class OneBatch:
+        num_images = 3
+
+        def epoch(self, epoch, skip=0):
+            yield torch.randn(3, 4), torch.zeros(3), engine.Shard(0, 3, 3)
+
+        def __len__(self):
+            return 1
+
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    results = loop.Results(OneBatch(), 1, "")
+    loop.train_epoch(step, [layer], [optimizer], results, "bf16")
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("precision, rounds", [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_float32_on_a_gpu_is_what_the_precision_says(precision, rounds, monkeypatch):
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = not rounds
+        engine.device.set_up(precision)
+        assert matmul.allow_tf32 == cudnn.allow_tf32 == rounds
+        assert not cudnn.benchmark
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -232,3 +232,22 @@ def test_counting_flops_leaves_the_network_as_it_was():
     utils.block_flops(resnet, (3, 32, 32))
     assert resnet.training and resnet.bn1.training
     assert all(torch.equal(before[name], t) for name, t in resnet.state_dict().items())
+
+
+def test_a_policy_network_may_look_at_fewer_pixels():
+    torch.manual_seed(0)
+    _, policy_net = models.build("R14_C10")
+    random_norms(policy_net)
+    x = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    whole, names = utils.count_flops(policy_net, (3, 32, 32)), set(policy_net.state_dict())
+    policy_net.look_at(16)
+    assert set(policy_net.state_dict()) == names
+    assert whole / utils.count_flops(policy_net, (3, 32, 32)) == pytest.approx(4, rel=0.01)
+    means = x.unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5))
+    features = policy_net.features(means)
+    expected = torch.sigmoid(policy_net.logit(features))
+    torch.testing.assert_close(policy_net(x)[0], expected)
+    _, fast = models.deploy(models.build("R14_C10")[0], policy_net, torch.float64)
+    torch.testing.assert_close(fast(x)[0], expected)
+    with pytest.raises(ValueError, match="32 or 16 pixels, not 8"):
+        policy_net.look_at(8)

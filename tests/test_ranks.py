@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -88,3 +89,42 @@ def test_synchronised_batchnorm_is_refused_on_cpus(cifar_dir, base_file, tmp_pat
         "--skip_data_check", "--base", base_file, "--cv_dir", tmp_path, "--sync_bn", check=False,
     )  # fmt: skip
     assert result.returncode != 0 and "--sync_bn needs GPUs" in result.stderr
+
+
+WAITS = """
+import os, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from engine import ranks
+init = dist.init_process_group
+dist.init_process_group = lambda backend: init(backend, timeout=timedelta(seconds=1))
+ranks.start()
+with ranks.main_first():
+    if ranks.is_main():
+        time.sleep(4)
+        if sys.argv[1] == "dies":
+            os._exit(7)
+print("after")
+ranks_left = dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("ending", ["works", "dies"])
+def test_the_others_wait_for_rank_0_as_long_as_it_lives(ending):
+    """Also beyond the process group's own timeout."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITS, ending], env=ENV | where | {"RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=60) for process in both]
+    if ending == "works":
+        assert [out for out, _ in outputs] == ["after\n"] * 2, outputs
+    else:
+        assert both[0].returncode == 7
+        assert both[1].returncode != 0 and "after" not in outputs[1][0]

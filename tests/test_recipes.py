@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import script_module
@@ -72,3 +73,47 @@ def test_rehearsal(commands, monkeypatch):
     for arguments, _ in commands("R32_C10"):
         if "--model" in arguments:
             assert arguments[arguments.index("--subset") + 1] == "64"
+
+
+@pytest.fixture
+def demo():
+    return script_module("recipes/demo")
+
+
+@pytest.mark.parametrize("slower", [1, 3, 10, 1000])
+def test_the_demo_fits_its_sizes_to_the_machine(slower, demo):
+    todo = demo.stages()
+    paces = [demo.Pace(4.0, slower / 1000), demo.Pace(5.0, slower / 700)]
+    images, forecast = demo.plan(todo, paces, slower / 8000, left=600)
+    for stage, count in zip(todo, images, strict=True):
+        assert demo.FEWEST <= count <= stage.images
+    fixed = sum(pace.start for pace in paces)
+    train = sum(
+        stage.epochs * count * pace.image
+        for stage, pace, count in zip(todo, paces, images, strict=True)
+    )
+    test = slower / 8000 * (3 * min(images[0], 10_000) + 4 * min(images[1], 10_000))
+    assert forecast == pytest.approx(fixed + train + test)
+    if slower == 1:
+        assert images == [stage.images for stage in todo] and forecast < 600
+    elif slower < 1000:
+        assert 500 < forecast <= 600  # all that the time allows
+        assert images[1] / images[0] == pytest.approx(2.5, rel=0.01)
+    else:
+        assert images == [demo.FEWEST] * 2 and forecast > 600  # and it says so
+
+
+def test_the_demo_runs_every_stage(demo, cifar_dir, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(demo, "REHEARSED", 24)
+    monkeypatch.setattr(demo, "FEWEST", 24)
+    small = [replace(stage, images=40, epochs=2, test_every=1) for stage in demo.stages()]
+    monkeypatch.setattr(demo, "stages", lambda: small)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["demo.py", "--out", tmp_path, "--data_dir", cifar_dir, "--skip_data_check"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    demo.main()
+    out = capfd.readouterr().out
+    table = [line.split("|") for line in out.splitlines() if line.startswith("|")]
+    assert [row[1].strip() for row in table[2:]] == ["shipped", "full", "stage 1", "stage 2"]
+    assert "forecast: " in out and out.splitlines()[-1].startswith("took ")
+    assert len((tmp_path / "stage2" / "metrics.jsonl").read_text().splitlines()) == 2

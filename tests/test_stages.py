@@ -18,9 +18,10 @@ import torch
 from conftest import TINY, script_module, write_base
 from faults import same
 
+import engine
 import models
 import utils
-from engine import Part, checkpoint, cifar
+from engine import Shard, checkpoint, cifar
 
 ROOT = checkpoint.ROOT
 LINE = r"A: \d\.\d{3} \| R: -?\d\.\d\dE[+-]\d\d \| S: \d+\.\d{3} \| V: \d+\.\d{3} \| #: \d+"
@@ -295,7 +296,7 @@ def test_stage_1_loss_is_the_equations(networks):
     mask = torch.tensor([False, False, True, True, True, True])
     args = step_args()
     loss, results = script_module("cl_training").train_step(
-        policy_net, resnet, images, labels, Part(0, 12, 12), mask, args
+        policy_net, resnet, images, labels, Shard(0, 12, 12), mask, args
     )
     probs = policy_net(images)[0]
     policy_map = (probs >= 0.5).double()
@@ -317,11 +318,11 @@ def test_several_samples_are_set_against_one_another(networks):
     mask = torch.ones(6, dtype=torch.bool)
     args = step_args(samples=2, beta=0.0)
     step = script_module("cl_training").train_step
-    loss, results = step(policy_net, resnet, images, labels, Part(0, 12, 12), mask, args)
+    loss, results = step(policy_net, resnet, images, labels, Shard(0, 12, 12), mask, args)
 
     probs = policy_net(images)[0]
     bounded = 0.8 * probs + 0.2 * (1 - probs)
-    noise = Part(0, 12, 12).noise(2, 6)
+    noise = Shard(0, 12, 12).noise(2, 6)
     policies = [(noise[:, p] < bounded).double() for p in range(2)]
     policies.append((probs >= 0.5).double())
     assert torch.equal(results["policy"], policies[0])
@@ -377,7 +378,7 @@ def test_stage_2_loss_is_the_equations(networks):
     labels = resnet(images).argmax(1)
     args = step_args()
     loss, results = script_module("finetune").train_step(
-        policy_net, resnet, images, labels, Part(0, 12, 12), args
+        policy_net, resnet, images, labels, Shard(0, 12, 12), args
     )
     probs = policy_net(images)[0]
     policy_map, policy = (probs >= 0.5).double(), results["policy"]
@@ -396,7 +397,7 @@ def test_both_passes_of_stage_2_update_the_running_statistics(networks):
     resnet, policy_net, images = networks
     labels = torch.zeros(12, dtype=torch.long)
     script_module("finetune").train_step(
-        policy_net, resnet.train(), images, labels, Part(0, 12, 12), step_args()
+        policy_net, resnet.train(), images, labels, Shard(0, 12, 12), step_args()
     )
     assert resnet.bn1.num_batches_tracked == 2
 
@@ -459,6 +460,7 @@ FASTER = {  # than the released recipe: what the README offers, all at once
     "script, schedule",
     [
         ("pretrain", []),
+        ("pretrain", ["--routes"]),
         ("cl_training", ["--epoch_step", 2]),
         ("cl_training", FASTER["cl_training"]),
         ("finetune", ["--epoch_step", 2]),
@@ -702,3 +704,293 @@ def content_accuracy(folder):
 @pytest.mark.parametrize("policy", ["first", "last:3", "first:-1", "first:x", "first:7"])
 def test_impossible_static_policies_are_refused(run, common, base_file, policy):
     refused(run("test", *common, "--base", base_file, "--policy", policy), policy)
+
+
+def test_a_run_goes_on_under_its_own_options(run, common, base_file, tmp_path):
+    options = [*common, "--base", base_file, "--batch_size", 40, "--test_every", 1]
+    first = tmp_path / "first"
+    assert run("cl_training", *options, "--cv_dir", first, "--max_epochs", 1)[0] == 0
+    refused(run("cl_training", *options, "--load", first, "--max_epochs", 2, "--penalty", -4),
+            "begun with --penalty -1.0, not -4.0", "--cv_dir")  # fmt: skip
+    status, _, err = run("cl_training", *options, "--load", first, "--cv_dir", tmp_path / "other",
+                         "--max_epochs", 2, "--penalty", -4)  # fmt: skip
+    assert status == 0 and "--penalty -4.0 (was -1.0)" in err
+    status, _, err = run("cl_training", *options, "--load", first, "--max_epochs", 2,
+                         "--micro_batch", 20, "--precision", "bf16")  # fmt: skip
+    assert status == 0, err
+
+
+def test_a_network_that_the_checkpoint_lacks_is_said(run, common, base_file, stage_1, tmp_path):
+    options = ["--base", base_file, "--batch_size", 40, "--cv_dir", tmp_path, "--max_epochs", 1]
+    pretrained = ["--pretrained", named(stage_1)[0]]
+    assert run("finetune", *common, *options, *pretrained)[0] == 0
+    content = checkpoint.read(tmp_path)
+    # the released code calls the policy network net
+    for name, rest in (("agent", {"net": content["agent"]}), ("resnet", {})):
+        kept = {n: value for n, value in content.items() if n != name} | rest
+        checkpoint.write(kept | {"stage": 2}, tmp_path / "last.t7")
+        result = run("finetune", *common, *options[:-1], 2, "--load", tmp_path)
+        if rest:
+            assert result[0] == 0, result[2]
+        else:
+            refused(result, "holds no 'resnet'")
+
+
+def test_pretrain_under_routes_by_hand(run, common, tmp_path, monkeypatch):
+    """One step's loss: labels in full, labels and the full pass's classes under the route."""
+    pretrain = script_module("pretrain")
+    shard = Shard(2, 7, 12, seed=(3,), step=4)
+    policies = pretrain.full_and_route(shard, (2, 2, 2), 0.3, torch.device("cpu"))
+    assert policies.shape == (2, 5, 6) and policies[0].eq(1).all()
+    assert policies[1].eq(policies[1, 0]).all()  # one route for the batch
+    other = Shard(7, 12, 12, seed=(3,), step=4)  # of which another process has the rest
+    again = pretrain.full_and_route(other, (2, 2, 2), 0.3, torch.device("cpu"))
+    assert torch.equal(again[1, 0], policies[1, 0])
+    routes = {
+        tuple(pretrain.full_and_route(Shard(0, 1, 1, step=n), (2, 2, 2), 0.3, None)[1, 0].tolist())
+        for n in range(60)
+    }
+    assert len(routes) > 8
+
+    torch.manual_seed(0)
+    logits, full, labels = torch.randn(5, 10), torch.randn(5, 10), torch.randint(10, (5,))
+    args = SimpleNamespace(route_distill=0.7, temperature=2.0)
+    expected = 0.0
+    for row, teacher, label in zip(logits.double(), full.double(), labels, strict=True):
+        p, q = (teacher / 2).softmax(0), (row / 2).softmax(0)
+        divergence = 4 * sum(a * (a / b).log() for a, b in zip(p, q, strict=True))
+        expected += (0.3 * -row.softmax(0)[label].log() + 0.7 * divergence) / 5
+    found = pretrain.route_loss(logits, full, labels, args)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_base_that_serves_routes_is_trained(run, common, tmp_path):
+    options = [*common, "--cv_dir", tmp_path / "base", "--max_epochs", 12, "--batch_size", 20]
+    options += ["--lr", 0.05, "--test_every", 100]
+    refused(run("pretrain", *options, "--routes", "--block_drop", 0.2), "leave --block_drop out")
+    status, out, err = run("pretrain", *options, "--routes")
+    assert status == 0, err
+    (saved,) = (tmp_path / "base").glob("pk_E_12_A_*.t7")
+    for policy in ([], ["--policy", "distribute:3"]):
+        figures = tmp_path / "figures.json"
+        assert run("test", *common, "--base", saved, "--json", figures, *policy)[0] == 0
+        assert json.loads(figures.read_text())["accuracy"] > 0.5  # chance is 0.1
+
+
+def test_a_policy_network_of_16_pixels_stays_one(run, common, base_file, tmp_path):
+    options = [*common, "--base", base_file, "--batch_size", 40, "--max_epochs", 1]
+    cl, ft = tmp_path / "cl", tmp_path / "ft"
+    assert run("cl_training", *options, "--policy_size", 16, "--cv_dir", cl)[0] == 0
+    assert checkpoint.read(cl)["policy_size"] == 16
+    assert run("cl_training", *options[:-1], 2, "--load", cl)[0] == 0
+    assert run("finetune", *options, "--pretrained", cl / "last.t7", "--cv_dir", ft)[0] == 0
+    assert checkpoint.read(ft)["policy_size"] == 16
+    flops = {}
+    for size in (16, 32):
+        content = checkpoint.read(ft)
+        if size == 32:
+            del content["policy_size"]  # as files were before there was a choice
+        checkpoint.write(content, tmp_path / "ckpt.t7")
+        figures = tmp_path / "figures.json"
+        assert run("test", *common, "--load", tmp_path / "ckpt.t7", "--json", figures)[0] == 0
+        found = json.loads(figures.read_text())
+        fixed, per_block = utils.block_flops(models.build("R14_C10")[0], (3, 32, 32))
+        flops[size] = found["flops"] - found["block_usage"] * per_block.mean().item()
+    policy_flops = utils.count_flops(models.build("R14_C10")[1], (3, 32, 32))
+    assert flops[32] - flops[16] == pytest.approx(0.75 * policy_flops, rel=0.2)
+    content["policy_size"] = 12
+    checkpoint.write(content, tmp_path / "ckpt.t7")
+    refused(run("test", *common, "--load", tmp_path / "ckpt.t7"), "32 or 16 pixels, not 12")
+
+
+class Deciding(torch.nn.Module):
+    """A ResNet whose class is right exactly where the policy is the image's own."""
+
+    def forward(self, images, policy):
+        own = self.own[images[:, 0, 0, 0].long()]
+        right = (policy == own).all(1)
+        return torch.stack([right.float(), 1 - right.float()], 1)
+
+
+@pytest.mark.parametrize("kind", ["constant", "random", "perfect"])
+def test_dependence_on_the_image(kind):
+    """Of policies that are all the same, drawn at random, and the only right ones."""
+    torch.manual_seed(0)
+    count = 400
+    drawn = (torch.rand(count, 6) < 0.5).to(torch.uint8)
+    policies = torch.ones_like(drawn) if kind == "constant" else drawn
+    resnet = Deciding()
+    resnet.own = drawn if kind == "perfect" else torch.ones_like(drawn)
+    images = torch.arange(count).float()[:, None, None, None].expand(-1, 3, 32, 32)
+
+    class Loader:
+        num_images, batch_size = count, 60
+
+        def __len__(self):
+            return 7
+
+        def epoch(self, epoch, skip=0):
+            for step, (x, y) in enumerate(
+                zip(images.split(60), torch.zeros(count).long().split(60), strict=True)
+            ):
+                yield x, y, Shard(0, len(x), len(x), step=step)
+
+    correct = engine.loop.correct_under(resnet, policies, Loader(), "fp32")
+    expected = [
+        all(a == b for a, b in zip(p, o, strict=True))
+        for p, o in zip(policies.tolist(), resnet.own.tolist(), strict=True)
+    ]
+    assert correct.tolist() == expected
+
+    trained = object.__new__(engine.TrainedModel)
+    trained.args = SimpleNamespace(precision="fp32")
+    trained.config, trained.resnet = models.config("R14_C10"), resnet
+    trained.policy_net = models.build("R14_C10")[1]
+    trained.flops = lambda: (100_000_000, torch.full((6,), 1e6, dtype=torch.float64))
+    found = trained.dependence(Loader(), policies, correct)
+    own, shuffled = found["own"]["accuracy"], found["shuffled"]["accuracy"]
+    if kind == "constant":
+        assert own == shuffled == found["common"]["accuracy"] == 1
+    elif kind == "random":
+        assert abs(own - shuffled) < 0.02 and own < 0.1
+    else:
+        assert own == 1 and shuffled < 0.1 and found["common"]["accuracy"] < 0.1
+    blocks = policies.sum(1).double().mean().item()
+    assert found["own"]["blocks"] == pytest.approx(blocks)
+    assert found["static"]["blocks"] == round(blocks)
+    spent = utils.count_flops(trained.policy_net, (3, 32, 32)) / 1e6  # in blocks
+    assert found["static_same_flops"]["blocks"] == min(6, int(blocks + spent))
+    full = [all(row) for row in resnet.own.tolist()]
+    kept = policies.sum(1).tolist()
+    wrong = [n for n, right in zip(kept, full, strict=True) if not right]
+    if wrong:
+        assert found["blocks_where_full_is_wrong"] == pytest.approx(sum(wrong) / len(wrong))
+    else:
+        assert math.isnan(found["blocks_where_full_is_wrong"])
+
+
+def test_dependence_is_printed_and_kept(run, common, base_file, stage_1, tmp_path):
+    figures = tmp_path / "figures.json"
+    load = ["--base", base_file, "--load", named(stage_1)[1]]
+    status, out, err = run("test", *common, *load, "--dependence", "--json", figures)
+    assert status == 0, err
+    assert len(re.findall(r"(?:own|shuffled|common|static, .*): +0\.\d+ \| \d", out)) == 5
+    found = json.loads(figures.read_text())
+    assert found["dependence"]["own"]["accuracy"] == found["accuracy"]
+    assert found["dependence"]["own"]["flops"] == pytest.approx(found["flops"])
+    assert metrics(stage_1)[-1].keys() >= {"test_shuffled", "test_common"}
+    refused(run("test", *common, "--base", base_file, "--dependence"), "--dependence")
+
+
+class Depth(torch.nn.Module):
+    """A ResNet that is right about an image whose first pixel is d from d blocks on."""
+
+    def forward(self, images, policies):
+        needed = images[:, 0, 0, 0]
+        right = policies.sum(-1) >= needed
+        return torch.stack([right.float(), 1 - right.float()], -1)
+
+
+def test_the_warm_steps_table_and_loss_by_hand():
+    cl_training = script_module("cl_training")
+    torch.manual_seed(0)
+    candidates = utils.candidate_policies((2, 2, 2))
+    _, policy_net = models.build(TINY)
+    net = models.WithCorrectness(
+        policy_net, models.Correctness(policy_net.features.num_features, candidates)
+    ).double()
+    net.correctness.candidates = candidates.double()
+    images = torch.rand(9, 3, 32, 32, dtype=torch.float64)
+    images[:, 0, 0, 0] = torch.randint(1, 8, (9,))
+    labels = torch.zeros(9, dtype=torch.long)
+    args = SimpleNamespace(penalty=-1.5)
+    loss, results = cl_training.warm_step(
+        net, Depth(), images, labels, Shard(0, 9, 18), candidates.double(), args
+    )
+    probs, logits = net(images)
+    expected = 0.0
+    for b in range(9):
+        needed, rewards = images[b, 0, 0, 0].item(), []
+        for c, candidate in enumerate(candidates.tolist()):
+            p, kept = logits[b, c].sigmoid(), sum(candidate)
+            right = kept >= needed
+            expected -= (p if right else 1 - p).log() / len(candidates)
+            rewards.append((p * (1 - (kept / 6) ** 2) + (1 - p) * -1.5).item())
+        best = max(range(len(rewards)), key=rewards.__getitem__)
+        chosen = candidates[best].tolist()
+        assert results["policy"][b].tolist() == chosen
+        right = sum(chosen) >= needed
+        assert results["correct"][b] == right
+        reward = 1 - (sum(chosen) / 6) ** 2 if right else -1.5
+        assert results["reward"][b].item() == pytest.approx(reward)
+        for keep, prob in zip(chosen, probs[b], strict=True):
+            expected -= (prob if keep else 1 - prob).log() / 6
+    assert loss.item() == pytest.approx(expected.item() / 18)
+
+
+def test_a_warm_start_learns_what_is_hard():
+    """Images whose brightness tells how many blocks they need, on their way to that many."""
+    cl_training = script_module("cl_training")
+    torch.manual_seed(0)
+    candidates = utils.candidate_policies((2, 2, 2))
+    _, policy_net = models.build(TINY)
+    correctness = models.Correctness(policy_net.features.num_features, candidates)
+    net = models.WithCorrectness(policy_net, correctness)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    args = SimpleNamespace(penalty=-1.0)
+
+    def batch():
+        needed = candidates.sum(1)[torch.randint(len(candidates), (64,))]
+        images = needed[:, None, None, None] + 0.1 * torch.randn(64, 3, 32, 32)
+        images[:, 0, 0, 0] = needed
+        return images, torch.zeros(64, dtype=torch.long), needed
+
+    for _ in range(120):
+        images, labels, _ = batch()
+        loss, _ = cl_training.warm_step(
+            net, Depth(), images, labels, Shard(0, 64, 64), candidates, args
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.eval()
+    images, labels, needed = batch()
+    with torch.no_grad():
+        learned = utils.most_probable(policy_net(images)[0])
+        at = models.PolicyAtPenalty(policy_net, correctness, -1.0)
+        policy, reward = at(images)
+        _, fast = models.deploy(models.build(TINY)[0], at)
+        assert torch.equal(fast(images)[0], policy)
+        assert (policy.sum(1) == needed).float().mean() > 0.9
+        assert (learned.sum(1) == needed).float().mean() > 0.8
+        torch.testing.assert_close(
+            reward[:, 0].mean(), (1 - (needed / 6) ** 2).mean(), atol=0.1, rtol=0
+        )
+        at.penalty = 0.9  # a wrong prediction is worth nearly as much as a right one
+        assert at(images)[0].sum(1).mean() < needed.mean() / 2
+
+
+def test_a_warm_started_run_chooses_for_penalties(run, common, base_file, tmp_path):
+    options = [*common, "--base", base_file, "--batch_size", 40, "--test_every", 1]
+    warm, whole, figures = tmp_path / "warm", tmp_path / "whole", tmp_path / "figures.json"
+    options += ["--warm_start", 2, "--policy_size", 16]
+    assert run("cl_training", *options, "--max_epochs", 2, "--cv_dir", warm)[0] == 0
+    blocks = []
+    for penalty in (0.9, -100):
+        status, out, err = run(
+            "test", *common, "--base", base_file, "--load", warm, "--penalty", penalty,
+            "--dependence", "--time", "--json", figures,
+        )  # fmt: skip
+        assert status == 0, err
+        blocks.append(json.loads(figures.read_text())["block_usage"])
+    assert blocks[0] <= blocks[1]
+    # the curriculum goes on from there, in one run or in two
+    assert run("cl_training", *options, "--max_epochs", 4, "--load", warm)[0] == 0
+    assert run("cl_training", *options, "--max_epochs", 4, "--cv_dir", whole)[0] == 0
+    assert same(trained(warm), trained(whole))
+    refused(run("test", *common, "--base", base_file, "--load", warm, "--penalty", -1),
+            "warm start's last epoch")  # fmt: skip
+    plain = tmp_path / "plain"
+    assert run("cl_training", *options[:-4], "--max_epochs", 1, "--cv_dir", plain)[0] == 0
+    refused(run("test", *common, "--base", base_file, "--load", plain, "--penalty", -1),
+            "cl_training.py --warm_start")  # fmt: skip

@@ -121,7 +121,7 @@ def test_reports_of_a_single_policy(run, common, base_file, tmp_path, bias):
     assert text.strip() == str(out / "report.html")
     pictures = {p.stem for p in out.glob("*.png")}
     shown = {"blocks", "keep_rates", "policies", "accuracy_by_blocks", "classes", "trade_off"}
-    assert pictures >= shown | {"paths"}
+    assert pictures >= shown | {"paths", "dependence"}
     assert "1 in all" in (out / "report.html").read_text()
 
 
@@ -158,5 +158,7 @@ def test_reports_of_gates_and_of_several_checkpoints(run, common, base_file, tmp
         status, _, err = run("visualize", *options)
         assert status == 0, err
     assert (tmp_path / "report" / "time.png").exists()
+    page = (tmp_path / "report" / "report.html").read_text()  # of the one that was given first
+    assert "What the decisions owe" in page and "static, same FLOPs" in page
     status, _, err = run("visualize", *common, "--load", other, "--classes", "unicorn")
     assert status == 2 and "--classes unicorn: no such class" in err and err.count("\n") == 1

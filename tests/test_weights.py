@@ -121,7 +121,7 @@ def test_released_stage_1_checkpoint_loads(tmp_path, key, run, cifar_dir, base_f
     content = engine.checkpoint.read(path)
     assert content["epoch"] == 730
     _, target = models.build(TINY)
-    models.load_policy(target, engine.checkpoint.policy_weights(content, path))
+    models.load_policy(target, engine.weights.policy_weights(content, path))
     assert torch.equal(source.eval()(images())[0], target.eval()(images())[0])
     status, out, err = run(
         "test", "--model", TINY, "--load", path, "--base", base_file,

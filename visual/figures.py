@@ -175,6 +175,7 @@ def class_change(ours: ndarray, full: ndarray, names: Sequence[str]) -> Figure:
 MARKERS = {
     "full ResNet": ("s", "black"),
     "BlockDrop": ("o", BLUE),
+    "dealt": ("v", BLUE),
     "static": ("^", ORANGE),
     "ConvNet-AIG": ("D", GREEN),
     "published": ("*", PURPLE),

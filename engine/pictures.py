@@ -3,8 +3,8 @@
 import argparse
 import os
 import re
-import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from . import stopping
+from models import Config, capabilities
+
+from . import process
 from .checkpoint import digest
 from .device import derived_seed
-from .errors import UserError
-from .part import AUGMENTATION, STEP, Part, parts
-from .spec import Spec
+from .process import UserError
+from .shard import AUGMENTATION, STEP, Shard, shards
 
 PREFETCH = 4  # batches that each worker keeps ready
 
@@ -104,24 +105,24 @@ class Rows:
 
     def __init__(self, num_images: int, batch_size: int, seed: int | None):
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.parts: list[Part] = []
+        self.shards: list[Shard] = []
         self.order: list[int] = list(range(num_images))
 
     def start(self, epoch: int, skip: int) -> None:
         self.epoch, training = epoch, self.seed is not None
         seed = (self.seed or 0, epoch, STEP)
-        self.parts = list(parts(self.num_images, self.batch_size, seed, skip, training))
+        self.shards = list(shards(self.num_images, self.batch_size, seed, skip, training))
         if training:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
             self.order = torch.randperm(self.num_images, generator=generator).tolist()
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.shards)
 
     def __iter__(self) -> Iterator[list[tuple[int, int | None]]]:
-        for part in self.parts:
-            first = part.step * self.batch_size
-            rows = self.order[first + part.start : first + part.stop]
+        for shard in self.shards:
+            first = shard.step * self.batch_size
+            rows = self.order[first + shard.start : first + shard.stop]
             yield [(row, self._seed_of(row)) for row in rows]
 
     def _seed_of(self, row: int) -> int | None:
@@ -138,37 +139,43 @@ class FolderLoader:
     """
 
     def __init__(
-        self, files, spec: Spec, batch_size: int, device: torch.device, seed: int | None = None
+        self,
+        files,
+        config: Config,
+        batch_size: int,
+        device: torch.device,
+        seed: int | None = None,
+        workers: int | None = None,
     ):
         self.num_images, self.batch_size, self.device = len(files), batch_size, device
-        self.mean = torch.tensor(spec.mean, device=device).view(3, 1, 1) * 255
-        self.std = torch.tensor(spec.std, device=device).view(3, 1, 1) * 255
+        self.mean = torch.tensor(config.mean, device=device).view(3, 1, 1) * 255
+        self.std = torch.tensor(config.std, device=device).view(3, 1, 1) * 255
         self.rows = Rows(len(files), batch_size, seed)
         self.damaged: list[str] = []
         self.class_names: list[str] = []
-        self.pictures = Pictures(files, spec.image_size)
-        workers = min(len(os.sched_getaffinity(0)), 16)
+        self.pictures = Pictures(files, config.image_size)
+        workers = default_workers() if workers is None else workers
         self.loader = DataLoader(
             self.pictures,
             batch_sampler=self.rows,
             num_workers=workers,
-            prefetch_factor=PREFETCH,
+            prefetch_factor=PREFETCH if workers else None,
             pin_memory=device.type == "cuda",
-            worker_init_fn=work,
+            worker_init_fn=partial(start_worker, process.shared_patience()),
         )
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Part]]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Shard]]:
         self.rows.start(epoch, skip)
         self.damaged = []
-        for part, (pixels, labels, damaged) in zip(self.rows.parts, self.loader, strict=True):
+        for shard, (pixels, labels, damaged) in zip(self.rows.shards, self.loader, strict=True):
             self.damaged += filter(None, damaged)
             images = pixels.to(self.device, non_blocking=True)
             images = images.contiguous(memory_format=torch.channels_last)
             images = (images.float() - self.mean) / self.std
-            yield images, labels.to(self.device, non_blocking=True), part
+            yield images, labels.to(self.device, non_blocking=True), shard
 
     def picture(self, row: int) -> np.ndarray:
         """One image as an evaluation sees it, uint8 (H, W, 3)."""
@@ -180,10 +187,15 @@ class FolderLoader:
         return digest([(path, label, os.path.getsize(path)) for path, label in files])
 
 
-def work(worker: int) -> None:
-    """How a worker begins."""
+def default_workers() -> int:
+    """A processor each; the ranks of a host share its processors."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(capabilities.cpus() // ranks_here, 16))
+
+
+def start_worker(patient, worker: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, stopping.follow)
+    process.listen_in_worker(patient)
 
 
 def classes(path: Path) -> list[str]:
@@ -216,7 +228,7 @@ def files_of(path: Path, names: list[str]) -> list[tuple[str, int]]:
 
 
 def load(
-    spec: Spec, args: argparse.Namespace, device: torch.device, training: bool
+    config: Config, args: argparse.Namespace, device: torch.device, training: bool
 ) -> tuple[FolderLoader | None, FolderLoader]:
     """Loaders over data_dir/train (None without `training`) and data_dir/val.
 
@@ -236,8 +248,10 @@ def load(
     else:
         test = files_of(root / "val", names)
     train, test = train[: args.subset], test[: args.subset]
-    train = FolderLoader(train, spec, args.batch_size, device, args.seed) if training else None
-    test = FolderLoader(test, spec, args.batch_size, device)
+    common = {"config": config, "batch_size": args.batch_size, "device": device}
+    common["workers"] = args.workers
+    train = FolderLoader(train, seed=args.seed, **common) if training else None
+    test = FolderLoader(test, **common)
     test.class_names = titles(names)
     return train, test
 

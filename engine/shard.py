@@ -1,4 +1,4 @@
-"""What part of a batch a process is working on."""
+"""What part of a batch a process is working on, and the random numbers of that part."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ AUGMENTATION, STEP = 1, 2  # whose random numbers are drawn from (seed, epoch)
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """Images `start` to `stop` of a batch of `total`, the `step`-th batch (from 0) of its epoch.
 
     A batch may be shared by several processes and cut into micro-batches. Losses that are weighted
@@ -42,7 +42,11 @@ class Part:
         whole = torch.rand(self.total, *sizes, generator=self._generator)
         return whole[self.start : self.stop].to(device)
 
-    def split(self, pieces: int) -> Iterator[tuple[slice, "Part"]]:
+    def common_noise(self, *sizes: int, device: torch.device | None = None) -> Tensor:
+        """Uniform numbers in [0, 1), (*sizes), float32, the same for all images of the batch."""
+        return torch.rand(*sizes, generator=self._generator).to(device)
+
+    def split(self, pieces: int) -> Iterator[tuple[slice, "Shard"]]:
         """Micro-batches of even sizes: rows of this part, and what part they are."""
         count = self.stop - self.start
         bounds = [count * piece // pieces for piece in range(pieces + 1)]
@@ -51,9 +55,9 @@ class Part:
             yield slice(first, last), replace(self, start=start, stop=stop)
 
 
-def parts(
+def shards(
     num_images: int, batch_size: int, seed: tuple[int, ...], skip: int = 0, training: bool = False
-) -> Iterator[Part]:
+) -> Iterator[Shard]:
     """This rank's part of each batch, the first `skip` left out.
 
     In training a batch of fewer images than ranks, at most the last, is left out by all of them,
@@ -64,4 +68,4 @@ def parts(
         total = min(batch_size, num_images - step * batch_size)
         start, stop = total * rank // world, total * (rank + 1) // world
         if start < stop and (total >= world or not training):
-            yield Part(start, stop, total, seed, step)
+            yield Shard(start, stop, total, seed, step)

@@ -1,0 +1,143 @@
+"""How a script begins and ends: signals, exit status, errors in one line.
+
+SIGTERM is how clusters pre-empt a job: a run then stops soon, at a place to go on from.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch.distributed as dist
+
+SECONDS_TO_STOP = 8  # clusters kill some time after SIGTERM, often half a minute
+
+_requested = False
+_undisturbed = False
+# shared with worker processes, to which it is handed at their start
+_patient = multiprocessing.Value("b", False, lock=False)
+
+
+class UserError(Exception):
+    """What is wrong, why, and the way out; the message is all that the user sees."""
+
+
+class Stopped(BaseException):
+    """SIGTERM arrived; like KeyboardInterrupt, no ordinary `except` may swallow it."""
+
+
+def listen() -> None:
+    """From now on SIGTERM raises Stopped: at once, or later inside the contexts below."""
+    global _requested
+    _requested = False
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGALRM, on_signal)
+
+
+def on_signal(number: int, frame) -> None:
+    global _requested
+    if number == signal.SIGTERM and _requested:
+        return  # a cluster and torchrun may both tell
+    _requested = True
+    if _undisturbed or (_patient.value and number == signal.SIGTERM):
+        signal.alarm(SECONDS_TO_STOP)
+        return
+    raise Stopped
+
+
+def requested() -> bool:
+    """Whether SIGTERM has arrived: who asks is expected to leave `patiently` now."""
+    return _requested
+
+
+@contextmanager
+def patiently() -> Iterator[None]:
+    """Inside, SIGTERM only sets `requested`, so that a training step can end, for some seconds."""
+    _patient.value = True
+    try:
+        yield
+    finally:
+        _patient.value = False
+        signal.alarm(0)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, SIGTERM and its seconds wait until a file is written."""
+    global _undisturbed
+    _undisturbed = True
+    try:
+        yield
+    finally:
+        _undisturbed = False
+
+
+def shared_patience():
+    """What `listen_in_worker` wants; picklable where a process is being started."""
+    return _patient
+
+
+def listen_in_worker(patient) -> None:
+    """A worker's answer to SIGTERM, which clusters send to all processes of a job.
+
+    Its end would tear the run out of the step that it may finish; the run ends it soon enough.
+    """
+
+    def on_signal(number: int, frame) -> None:
+        if not patient.value:
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, on_signal)
+
+
+@contextmanager
+def user_errors(thing: object) -> Iterator[None]:
+    """Name the thing that a ValueError or OSError inside is about, and show it to the user."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{thing}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{thing}: {error.strerror or error}") from error
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main`. Exit status 2 for a user's error, 130 for Ctrl-C, 143 for SIGTERM."""
+    listen()
+    try:
+        main()
+    except UserError as error:
+        status = fail(error, str(error), 2)
+    except KeyboardInterrupt as error:
+        status = fail(error, "interrupted", 130)
+    except Stopped as error:
+        status = fail(error, "terminated", 143)
+    else:
+        status = 0
+    leave(status)
+
+
+def fail(error: BaseException, message: str, status: int) -> int:
+    """Print what went wrong and what the run added on its way out, such as how to go on."""
+    notes = "".join(f": {note}" for note in getattr(error, "__notes__", []))
+    print(f"{os.path.basename(sys.argv[0])}: {message}{notes}", file=sys.stderr)
+    return status
+
+
+def leave(status: int) -> NoReturn:
+    """End this process; where it is one of several, without Python's own finalization.
+
+    DistributedDataParallel holds on to the group and so to gloo's threads, which now and then abort
+    a finished process during finalization (pytorch/pytorch#179291, #190489): torchrun would start
+    work again that was done, and an exit status would be lost.
+    """
+    if not dist.is_initialized():
+        sys.exit(status)
+    if status == 0:  # in an error the others may not be there to take leave of
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,220 @@
+"""A checkpoint to be looked at: its networks, what they decide, what that costs."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+import utils
+from models import Config
+
+from . import device, loop, options, weights
+from .data import Loader
+from .process import UserError
+
+DEALS = 3
+TIMED_BATCHES, TIMED_SECONDS = 200, 30.0  # timing stops at whichever comes first
+
+
+def decision_flops(resnet: nn.Module, policy_net: nn.Module | None, input_size) -> int:
+    """FLOPs an image of the policy network, or of the gates that are not always open."""
+    if policy_net is not None:
+        return utils.count_flops(policy_net, input_size)
+    if not isinstance(resnet, models.GatedResNet):
+        return 0
+    asked = [k for k in range(resnet.num_blocks) if k not in resnet.always_on]
+    channels = [branch.conv1.in_channels for branch, _ in resnet.resnet.units()]
+    return sum(utils.count_flops(resnet.gates[k], (channels[k], 1, 1)) for k in asked)
+
+
+class TrainedModel:
+    """The networks that options name with --model, --load, --base and --policy, to be evaluated.
+
+    `policy_net` is None where all images get the policy `static`, (K,), and for ConvNet-AIG, whose
+    gates are in `resnet`; `policy_name` is the static policy's, if it has one.
+    """
+
+    def __init__(self, args, config: Config):
+        self.args, self.config = args, config
+        self.device = device.pick(args.device)
+        device.set_up(args.precision)
+        device.tell_if_slow(self.device, args.precision)
+        content = weights.read_for(config, args.load) if args.load else {}
+        self.resnet, self.policy_net = models.build(args.model, config.num_classes)
+        if config.gated:
+            self._load_gated(content)
+        else:
+            self._load(content)
+        self.policy_name = args.policy or weights.static_policy_of(content)
+        static = options.static_policy(self.policy_name, config, args.seed)
+        self.is_static = static is not None
+        if self.is_static or not args.load or "state_dict" in content:
+            self.policy_net = None
+        if args.penalty is not None:
+            self.policy_net = self._at_penalty(content)
+        self.static = torch.ones(config.num_blocks) if static is None else static
+        for network in filter(None, (self.resnet, self.policy_net)):
+            device.place(network, self.device).eval()
+
+    def _load_gated(self, content: Mapping[str, Any]) -> None:
+        """ConvNet-AIG, ours or the released code's."""
+        if not self.args.load:
+            model = self.args.model
+            raise UserError(f"{model} comes with no base: name its checkpoint with --load")
+        if self.args.policy:
+            raise UserError(f"{self.args.model} decides by its gates: leave --policy out")
+        weights.load_into(self.resnet, content, self.args.load)
+        self.resnet.set_targets(content.get("targets", []))
+
+    def _load(self, content: Mapping[str, Any]) -> None:
+        """BlockDrop, or the base ResNet alone."""
+        path = self.args.load
+        if "resnet" in content or "state_dict" in content:
+            weights.load_into(self.resnet, content, path)
+        else:
+            weights.load_base(self.config, self.args.base, self.resnet)
+        if not path or "state_dict" in content or self.args.policy:
+            return
+        if not weights.static_policy_of(content):
+            weights.load_into(self.policy_net, content, path)
+            if "resnet" not in content:
+                weights.check_base(content, path, self.resnet)
+
+    def _at_penalty(self, content: Mapping[str, Any]) -> models.PolicyAtPenalty:
+        """The policy network that chooses for --penalty, where the checkpoint can."""
+        asked, path = f"--penalty {self.args.penalty}", self.args.load or "the base"
+        if self.policy_net is None or "correctness" not in content:
+            raise UserError(
+                f"{asked}: {path} cannot choose for a penalty: only a policy of cl_training.py "
+                "--warm_start can, at the end of that"
+            )
+        if content.get("epoch", 0) > content["args"].get("warm_start", 0):
+            raise UserError(
+                f"{asked}: {path} has gone on since, and predicts no more: take the checkpoint of "
+                "the warm start's last epoch"
+            )
+        candidates = utils.candidate_policies(self.config.stages)
+        head = models.Correctness(self.policy_net.features.num_features, candidates)
+        weights.load_into(head, content, self.args.load)
+        return models.PolicyAtPenalty(self.policy_net, head, self.args.penalty)
+
+    @property
+    def plain(self) -> models.ResNet:
+        """The ResNet without what decides."""
+        return self.resnet.resnet if self.config.gated else self.resnet
+
+    def decider(self, policy_net: nn.Module | None) -> models.Decider:
+        """What decides by `policy_net`, which may be the deployed one, or by the static policy."""
+        return models.decider(policy_net, None if policy_net else self.static)
+
+    def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, classes) of a batch and the policies (B, K) that its images ran under."""
+        if self.config.gated:
+            return self.resnet(images)
+        policy = self.decider(self.policy_net)(images)
+        return self.resnet(images, policy), policy
+
+    def flops(self) -> tuple[int, Tensor]:
+        """FLOPs of what every image runs, its decision included, and of each block, (K,)."""
+        size = (3, self.config.image_size, self.config.image_size)
+        fixed, per_block = utils.block_flops(self.plain, size)
+        return fixed + decision_flops(self.resnet, self.policy_net, size), per_block
+
+    def dependence(self, test: Loader, policies: Tensor, correct: Tensor) -> dict[str, Any]:
+        """What the decisions owe to the image: accuracy and blocks under other ways to decide.
+
+        policies (N, K) and correct (N,) are what the images of `test` have under their own ones.
+        "shuffled" deals the same policies to other images, the mean of DEALS deals; "common" is the
+        most frequent policy for all; "static" is DistributeK with as many blocks, and
+        "static_same_flops" with what deciding costs spent on blocks as well. Also how many blocks
+        the images get that the full network recognises, and those that it does not.
+        """
+
+        def accuracy(policies: Tensor, label: str) -> float:
+            found = loop.correct_under(self.resnet, policies, test, self.args.precision, label)
+            return found.double().mean().item()
+
+        def under(policy: Tensor, label: str) -> dict[str, float]:
+            same = policy.expand_as(policies)
+            flops = plain_fixed + (policy.double() @ per_block).item()
+            return {
+                "accuracy": accuracy(same, label),
+                "blocks": policy.sum().item(),
+                "flops": flops,
+            }
+
+        fixed, per_block = self.flops()
+        size = (3, self.config.image_size, self.config.image_size)
+        plain_fixed = fixed - decision_flops(self.resnet, self.policy_net, size)
+        blocks = policies.count_nonzero(1).double()
+        own_flops = fixed + (policies.double() @ per_block).mean().item()
+        deals = [accuracy(utils.deal(policies, seed), "shuffled") for seed in range(DEALS)]
+        distributed = [
+            utils.static_policy(f"distribute:{keep}", self.config.stages)
+            for keep in range(self.config.num_blocks + 1)
+        ]
+        affordable = [
+            policy
+            for policy in distributed
+            if plain_fixed + policy.double() @ per_block <= own_flops
+        ]
+        full = loop.correct_under(
+            self.resnet, torch.ones_like(policies), test, self.args.precision, "full"
+        )
+        common = utils.most_frequent(policies)
+        return {
+            "own": {
+                "accuracy": correct.double().mean().item(),
+                "blocks": blocks.mean().item(),
+                "flops": own_flops,
+            },
+            "shuffled": {
+                "accuracy": statistics.mean(deals),
+                "blocks": blocks.mean().item(),
+                "flops": own_flops,
+                "deals": deals,
+            },
+            "common": under(common, "common"),
+            "static": under(distributed[round(blocks.mean().item())], "static"),
+            "static_same_flops": under(affordable[-1], "static"),
+            "full": {"accuracy": full.double().mean().item(), "blocks": self.config.num_blocks},
+            "blocks_where_full_is_right": blocks[full].mean().item(),
+            "blocks_where_full_is_wrong": blocks[~full].mean().item(),
+        }
+
+    def time(self, test, batch_size: int) -> dict[str, float]:
+        """Medians over batches: milliseconds an image, and the speed-up over the full ResNet.
+
+        Both run deployed, in turn on the same images, ours with what decides.
+        """
+        dtype = device.dtype(self.args.precision)
+        fast, fast_policy = models.deploy(self.resnet, self.policy_net, dtype)
+        full = fast.resnet if self.config.gated else fast
+
+        decide = self.decider(fast_policy)
+
+        def ours():
+            return fast(images) if self.config.gated else fast(images, decide(images))
+
+        seconds, full_seconds = [], []
+        start = time.perf_counter()
+        for images, _, _ in test.epoch(0):
+            if len(images) < min(batch_size, test.num_images) or len(seconds) == TIMED_BATCHES:
+                break
+            if not seconds:
+                ours(), full(images)
+            seconds.append(device.timed(ours, images.device))
+            full_seconds.append(device.timed(partial(full, images), images.device))
+            if len(seconds) >= 5 and time.perf_counter() - start > TIMED_SECONDS:
+                break
+        median = statistics.median(seconds)
+        return {
+            "batch_size": batch_size,
+            "ms_per_image": median / min(batch_size, test.num_images) * 1e3,
+            "speed_up": statistics.median(full_seconds) / median,
+        }
