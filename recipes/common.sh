@@ -3,7 +3,7 @@
 set -eu
 PYTHON=${PYTHON:-python}
 # bfloat16 halves the time where the processor multiplies it in hardware, and only there
-PRECISION=${PRECISION:-$(grep -qs bf16 /proc/cpuinfo && echo bf16 || echo fp32)}
+PRECISION=${PRECISION:-$("$PYTHON" -c "from engine import device; print(device.fast_precision())")}
 # another SEED has a directory of its own, and so has a rehearsal on the first SUBSET images
 OUT=${OUT:-cv/reproduce/$MODEL${SEED:+_seed$SEED}${SUBSET:+_subset$SUBSET}}
 ROWS=

@@ -1,0 +1,205 @@
+"""The whole method on real CIFAR-10 within minutes, on any processor: what `make demo` runs.
+
+A rehearsal of both stages on a few images tells how fast this machine is. From that follows on how
+many images they are trained, and a forecast, which the last line sets beside the time it took.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine import device, options  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = "cv/R32_C10/plain/pk_E_42_A_0.922.t7"  # the plain one, where the released recipe is at home
+TEST_IMAGES = 10_000
+REHEARSED = 2048  # images an epoch of a rehearsal
+FEWEST = 512  # images an epoch, however slow the machine
+RESERVE = 0.9  # of the time left is planned for
+
+
+@dataclass
+class Stage:
+    """One training: its command, and how many images it learns from where there is time enough."""
+
+    name: str
+    command: list[str]
+    images: int
+    epochs: int
+    test_every: int
+    rehearsal: list[str]  # options that make its epochs cost what they will on average
+
+
+@dataclass
+class Pace:
+    """How fast this machine is at one stage, in seconds."""
+
+    start: float  # until the first epoch begins, and after the last
+    image: float  # learned from once
+
+
+def shipped(name: str) -> Path:
+    """The checkpoint of R32_C10 that comes with the repository under this name."""
+    (path,) = (ROOT / "cv" / "R32_C10" / name).glob("ckpt_*.t7")
+    return path.relative_to(ROOT)
+
+
+def stages() -> list[Stage]:
+    base = ["--base", BASE]
+    return [
+        Stage(
+            "stage 1",
+            ["cl_training.py", *base, "--batch_size", "128", "--penalty", "-0.5"],
+            images=8000,
+            epochs=15,
+            test_every=5,
+            rehearsal=["--cl_step", "8"],  # the middle of the curriculum
+        ),
+        Stage(
+            "stage 2",
+            ["finetune.py", *base, "--lr", "5e-4", "--penalty", "-2", "--pretrained"],
+            images=20_000,
+            epochs=8,
+            test_every=2,
+            # a policy that keeps about as many blocks as stage 1 will have left
+            rehearsal=["--pretrained", str(shipped("penalty-30"))],
+        ),
+    ]
+
+
+def size(stage: Stage, share: float) -> int:
+    """Images an epoch at a share of the stage's whole size."""
+    return max(FEWEST, round(stage.images * share))
+
+
+def seconds_of(stage: Stage, pace: Pace, images: int, test_image: float) -> float:
+    tests = math.ceil(stage.epochs / stage.test_every)
+    evaluation = tests * min(images, TEST_IMAGES) * test_image  # --subset cuts test images too
+    return pace.start + stage.epochs * images * pace.image + evaluation
+
+
+def plan(
+    todo: list[Stage], paces: list[Pace], test_image: float, left: float
+) -> tuple[list[int], float]:
+    """How many images each stage learns from in an epoch, and the forecast in seconds.
+
+    test_image: seconds to evaluate an image. left: seconds to plan for. All stages are cut by the
+    same share, none below FEWEST images, whose time the forecast tells all the same.
+    """
+
+    def total(share: float) -> float:
+        return sum(
+            seconds_of(stage, pace, size(stage, share), test_image)
+            for stage, pace in zip(todo, paces, strict=True)
+        )
+
+    share = next(
+        (percent / 100 for percent in range(100, 0, -1) if total(percent / 100) <= left), 0
+    )
+    return [size(stage, share) for stage in todo], total(share)
+
+
+class Demo:
+    """Runs the scripts in turn, as a user would, and keeps what they leave."""
+
+    def __init__(self, out: Path, common: list[str]):
+        self.out, self.common = out, common
+
+    def run(self, command: list[str], quiet: bool = False) -> float:
+        """One script; its seconds."""
+        command = [command[0], *self.common, *command[1:]]
+        print("$ python " + shlex.join(command), flush=True)
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.DEVNULL if quiet else None,
+        )
+        return time.perf_counter() - start
+
+    def profile(self, name: str, *where: str) -> tuple[float, dict]:
+        """test.py's figures, and the seconds it took."""
+        path = self.out / f"{name.replace(' ', '')}.json"
+        seconds = self.run(["test.py", *where, "--json", str(path)])
+        return seconds, json.loads(path.read_text())
+
+    def train(self, stage: Stage, before: Path, images: int, rehearsal: bool = False) -> Path:
+        folder = self.out / ("rehearsal" if rehearsal else "") / stage.name.replace(" ", "")
+        command = [*stage.command]
+        if command[-1] == "--pretrained":
+            command.append(str(before / "last.t7"))
+        command += ["--cv_dir", str(folder), "--subset", str(images)]
+        epochs, test_every = (2, 1000) if rehearsal else (stage.epochs, stage.test_every)
+        command += ["--max_epochs", str(epochs), "--test_every", str(test_every)]
+        self.run(command + (stage.rehearsal if rehearsal else []), quiet=rehearsal)
+        return folder
+
+    def rehearse(self, stage: Stage, test_image: float) -> Pace:
+        """Two epochs of a few images; the first also warms up."""
+        began = time.perf_counter()
+        folder = self.train(stage, self.out, REHEARSED, rehearsal=True)
+        whole = time.perf_counter() - began
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        epochs = [json.loads(line)["seconds"] for line in lines]
+        trained = max(epochs[-1] - REHEARSED * test_image, 0.5 * epochs[-1])
+        return Pace(whole - sum(epochs), trained / REHEARSED)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--minutes", type=options.positive, default=11.0, help="to plan for, set-up not included")
+    add("--out", type=Path, default=Path("cv/demo"), help="directory that the demo writes into")
+    return parser.parse_known_args()  # what is left over goes to every script
+
+
+def main() -> None:
+    began = time.perf_counter()
+    args, rest = parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    demo = Demo(args.out, ["--model", "R32_C10", "--precision", device.fast_precision(), *rest])
+
+    print("== what comes with the repository: stage 2 after hours of training", flush=True)
+    demo.profile("shipped", "--load", str(shipped("stage2")))
+    print("== and now in minutes: the full ResNet-32", flush=True)
+    test_seconds, full = demo.profile("full", "--base", BASE)
+    test_image = 1 / full["images_per_second"]
+
+    print("== how fast is this machine? Both stages on a few images", flush=True)
+    todo, paces = stages(), []
+    for stage in todo:
+        pace = demo.rehearse(stage, test_image)
+        paces.append(pace)
+        print(f"   {stage.name}: {1 / pace.image:.0f} images/s", flush=True)
+    spent = time.perf_counter() - began
+    left = 60 * args.minutes - spent - len(todo) * test_seconds
+    images, trainings = plan(todo, paces, test_image, RESERVE * left)
+    forecast = spent + trainings + len(todo) * test_seconds
+    for stage, count in zip(todo, images, strict=True):
+        print(f"   {stage.name}: {stage.epochs} epochs of {count} images")
+    print(f"   forecast: {forecast / 60:.1f} minutes in all, {spent / 60:.1f} of them gone")
+
+    before, names = args.out, ["shipped", "full"]
+    for stage, count in zip(todo, images, strict=True):
+        print(f"== {stage.name}", flush=True)
+        before = demo.train(stage, before, count)
+        base = ["--base", BASE] if stage is todo[0] else []
+        demo.profile(stage.name, *base, "--load", str(before))
+        names.append(stage.name)
+    rows = [f"{name}={args.out / name.replace(' ', '')}.json" for name in names]
+    subprocess.run([sys.executable, "benchmarks/summary.py", *rows], cwd=ROOT, check=True)
+    took = time.perf_counter() - began
+    print(f"took {took / 60:.1f} minutes, forecast {forecast / 60:.1f}")
+
+
+if __name__ == "__main__":
+    main()
