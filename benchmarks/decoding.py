@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from measure import machine, table
 
-from engine import imagenet, options, run_script
-from engine.errors import Parser
+from engine import options, pictures, run_script
+from engine.options import Parser
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,7 +54,7 @@ def contenders() -> dict:
         return torch.from_numpy(np.array(crop(picture.convert("RGB"))))
 
     def ours(path):
-        return imagenet.Pictures([(path, 0)], 224)[0, None]
+        return pictures.Pictures([(path, 0)], 224)[0, None]
 
     found = {
         "PIL, floats (the usual recipe)": lambda path: tensor(pil(path)),
@@ -100,7 +100,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
     root = args.data_dir / "val"
-    files = [path for path, _ in imagenet.files_of(root, imagenet.classes(root))][: args.images]
+    files = [path for path, _ in pictures.files_of(root, pictures.classes(root))][: args.images]
     calls = contenders()
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(args.repeats):

@@ -20,7 +20,7 @@ import engine
 import models
 import utils
 from engine import options
-from subject import Subject, decision_flops
+from engine.trained import TrainedModel, decision_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,7 +31,7 @@ def parse_args():
     add("--load", help="checkpoint whose policies and weights to time")
     add("--base", help="pretrained ResNet of a stage-1 checkpoint")
     add("--keep", type=options.count, default=17, help="blocks kept of random policies")
-    add("--batch_sizes", type=options.count, nargs="+", default=[1, 32, 256, 1024])
+    add("--batch_sizes", type=options.count, nargs="+", default=[1, 8, 32, 64, 256, 1024])
     add("--precisions", choices=DTYPES, nargs="+", default=list(DTYPES))
     add("--repeats", type=options.count, default=30, help="rounds of all contenders")
     add("--budget", type=options.positive, default=60.0, help="seconds a batch size and precision")
@@ -143,15 +143,15 @@ def contenders(resnet, policy_net, x, policy, precision, args) -> tuple[dict, to
     return calls, policy
 
 
-def rows_of(resnet, policy_net, spec, policy_source, x, precision, args) -> list[dict]:
+def rows_of(resnet, policy_net, config, policy_source, x, precision, args) -> list[dict]:
     """Time one batch in one precision; one row a contender."""
-    if spec.gated:
+    if config.gated:
         calls, policy = gated_contenders(resnet, x, policy_source, precision)
     else:
         calls, policy = contenders(resnet, policy_net, x, policy_source, precision, args)
     seconds = interleaved(calls, args.repeats, args.budget)
-    size = (3, spec.image_size, spec.image_size)
-    fixed, per_block = utils.block_flops(resnet.resnet if spec.gated else resnet, size)
+    size = (3, config.image_size, config.image_size)
+    fixed, per_block = utils.block_flops(resnet.resnet if config.gated else resnet, size)
     full = fixed + per_block.sum().item()
     kept = fixed + (policy.cpu().double() @ per_block).mean().item()
     decision = decision_flops(resnet, policy_net, size)
@@ -181,32 +181,33 @@ def rows_of(resnet, policy_net, spec, policy_source, x, precision, args) -> list
 
 def main() -> None:
     args = parse_args()
-    spec = engine.named(models.config, args.model)
-    device = engine.device.pick()
+    config = engine.data.config_of(args)
+    device = engine.device.pick(args.device)
     engine.device.keep_freed_memory()
     torch.manual_seed(args.seed)
     resnet, policy_net = models.build(args.model)
     if args.load:
-        args.policy = None
-        subject = Subject(args, spec)
-        resnet, policy_net = subject.resnet, subject.policy_net
+        args.policy = args.penalty = None
+        trained = TrainedModel(args, config)
+        resnet, policy_net = trained.resnet, trained.policy_net
     for network in filter(None, (resnet, policy_net)):
         engine.device.place(network, device).eval()
     facts = machine()
     print(json.dumps(facts))
     rows = []
     for precision in args.precisions:
+        engine.device.set_up(precision)
         for batch in args.batch_sizes:
             if args.load:
                 args.batch_size = batch
-                x, _, _ = next(iter(engine.data.load(spec, args, device)[1].epoch(0)))
+                x, _, _ = next(iter(engine.data.load(config, args, device)[1].epoch(0)))
                 policy = None
             else:
-                x = torch.randn(batch, 3, spec.image_size, spec.image_size, device=device)
+                x = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
                 x = x.contiguous(memory_format=torch.channels_last)
-                policy = random_policies(batch, spec.num_blocks, args.keep, device)
+                policy = random_policies(batch, config.num_blocks, args.keep, device)
             torch.compiler.reset()
-            rows += rows_of(resnet, policy_net, spec, policy, x, precision, args)
+            rows += rows_of(resnet, policy_net, config, policy, x, precision, args)
             print(file=sys.stderr, end=".", flush=True)
     header = [
         "precision", "batch", "contender", "ms", "speed-up over the same full", "FLOP ratio",

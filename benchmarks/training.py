@@ -77,23 +77,23 @@ class OneByOne(nn.Module):
         return torch.stack([self.resnet(x, policy) for policy in policies])
 
 
-def training_step(args, spec, stage: str, contender: str, batch: int, cl_step: int):
+def training_step(args, config, stage: str, contender: str, batch: int, cl_step: int):
     """A call that trains one batch, and the clocks of its two networks."""
     script = importlib.import_module(STEPS[stage][0])
-    device = engine.device.pick()
+    device = engine.device.pick(args.device)
     torch.manual_seed(args.seed)
     resnet, policy_net = models.build(args.model)
     for network in (resnet, policy_net):
         engine.device.place(network, device).train()
     resnet.execution = contender
-    part = engine.Part(0, batch, batch)
+    shard = engine.Shard(0, batch, batch)
     settings = argparse.Namespace(alpha=1.0, beta=0.1, penalty=-5.0, samples=1)
-    policies = random_policies(batch, spec.num_blocks, args.keep, device)
+    policies = random_policies(batch, config.num_blocks, args.keep, device)
     policy_clock = Clock(Steered(policy_net, policies))
     parameters = list(policy_net.parameters())
     if stage == "stage 1":
         resnet.requires_grad_(False).eval()
-        mask = utils.curriculum_mask(spec.num_blocks, cl_step, device)
+        mask = utils.curriculum_mask(config.num_blocks, cl_step, device)
         dtype = engine.device.dtype(args.precision)
         runner = (
             OneByOne(resnet) if contender == "masked" else models.deploy(resnet, dtype=dtype)[0]
@@ -105,13 +105,13 @@ def training_step(args, spec, stage: str, contender: str, batch: int, cl_step: i
         resnet_clock = Clock(resnet)
         step = partial(script.train_step, policy_clock, resnet_clock, args=settings)
     optimizer = torch.optim.Adam(parameters, lr=1e-4)
-    x = torch.randn(batch, 3, spec.image_size, spec.image_size, device=device)
+    x = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.randint(0, spec.num_classes, (batch,), device=device)
+    y = torch.randint(0, config.num_classes, (batch,), device=device)
 
     def call():
         with engine.device.autocast(device, args.precision):
-            loss, _ = step(x, y, part)
+            loss, _ = step(x, y, shard)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -119,10 +119,10 @@ def training_step(args, spec, stage: str, contender: str, batch: int, cl_step: i
     return call, (policy_clock, resnet_clock)
 
 
-def print_peak(args, spec, stage: str, contender: str) -> None:
+def print_peak(args, config, stage: str, contender: str) -> None:
     """Peak memory of two training steps, and of the process before them, in MiB."""
     batch = dict(zip(STEPS, args.batch_sizes, strict=True))[stage]
-    call, _ = training_step(args, spec, stage, contender, batch, spec.num_blocks)
+    call, _ = training_step(args, config, stage, contender, batch, config.num_blocks)
     before = peak_memory()
     call(), call()
     print(json.dumps({"peak": peak_memory(), "before": before}))
@@ -145,12 +145,12 @@ def measured_peak(args, stage: str, contender: str) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def compare_steps(args, spec) -> list[dict]:
+def compare_steps(args, config) -> list[dict]:
     """Both stages, both contenders: images per second, peak memory and where the time goes."""
     rows = []
     for (stage, _), batch in zip(STEPS.items(), args.batch_sizes, strict=True):
         made = {
-            name: training_step(args, spec, stage, name, batch, spec.num_blocks)
+            name: training_step(args, config, stage, name, batch, config.num_blocks)
             for name in CONTENDERS
         }
         seconds = interleaved({n: call for n, (call, _) in made.items()}, args.repeats, 1e9)
@@ -178,12 +178,12 @@ def compare_steps(args, spec) -> list[dict]:
     return rows
 
 
-def compare_curriculum(args, spec) -> list[dict]:
+def compare_curriculum(args, config) -> list[dict]:
     """Stage 1 at every step of the curriculum, in turn masked and not."""
     rows = []
-    for cl_step in range(1, spec.num_blocks + 1):
+    for cl_step in range(1, config.num_blocks + 1):
         calls = {
-            name: training_step(args, spec, "stage 1", name, args.batch_sizes[0], cl_step)[0]
+            name: training_step(args, config, "stage 1", name, args.batch_sizes[0], cl_step)[0]
             for name in CONTENDERS
         }
         for call in calls.values():
@@ -196,19 +196,19 @@ def compare_curriculum(args, spec) -> list[dict]:
 
 def main() -> None:
     args = parse_args()
-    spec = engine.named(models.config, args.model)
+    config = engine.data.config_of(args)
     engine.device.keep_freed_memory()
     if args.peak:
-        return print_peak(args, spec, *args.peak)
+        return print_peak(args, config, *args.peak)
     facts = machine()
     print(json.dumps(facts))
     if args.curriculum:
-        rows = compare_curriculum(args, spec)
+        rows = compare_curriculum(args, config)
         totals = {name: sum(row[name] for row in rows) for name in CONTENDERS}
         print(f"\ntotal of {len(rows)} steps: masked {totals['masked']:.1f} s, ", end="")
         print(f"sparse {totals['sparse']:.1f} s, {totals['masked'] / totals['sparse']:.2f} times")
     else:
-        rows = compare_steps(args, spec)
+        rows = compare_steps(args, config)
         header = [
             "stage", "batch", "contender", "images/s", "over masked", "peak MiB", "step MiB",
             "policy forward s", "ResNet forward s", "backward and update s",
