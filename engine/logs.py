@@ -74,16 +74,17 @@ class Logs:
             with user_errors(self.folder), open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(self.metrics) + "\n")
 
-    def line(self, line: str, split: str, **figures: float) -> None:
-        """Print a line behind its epoch or, at an evaluation, `TS -`.
+    def line(self, line: str, split: str, begin: str = "TS", **figures: float) -> None:
+        """Print a line behind its epoch or, at an evaluation, behind `begin`.
 
-        The figures go into metrics.jsonl and TensorBoard as <split>_<name>.
+        As in the released code an evaluation has one line that begins with `TS`. The figures go
+        into metrics.jsonl and TensorBoard as <split>_<name>.
         """
         epoch = self.metrics["epoch"]
         self.metrics |= {f"{split}_{name}": value for name, value in figures.items()}
         if not ranks.is_main():
             return
-        line = f"E: {epoch} | {line}" if split == "train" else f"TS - {line}"
+        line = f"E: {epoch} | {line}" if split == "train" else f"{begin} - {line}"
         if self.args.subset:
             line += f" | --subset {self.args.subset}"
         tqdm.write(line)

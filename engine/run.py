@@ -316,7 +316,7 @@ class Run:
             for name, given in found.items()
         }
         shown = " | ".join(f"{name}: {value:.3f}" for name, value in figures.items())
-        self.logs.line(shown, "test", **figures)
+        self.logs.line(shown, "test", begin="DEALT", **figures)
 
     def recalibrate(
         self, forward: Callable[[torch.Tensor], object], network: nn.Module, loader: Loader
