@@ -1,6 +1,7 @@
 """Stage 2: finetune the policy network and the ResNet together, starting from stage 1.
 
-With --freeze_policy or, for the paper's static baselines, --policy the ResNet learns alone.
+With --freeze_policy, --penalties or, for the paper's static baselines, --policy the ResNet learns
+alone.
 """
 
 from functools import partial
@@ -41,6 +42,15 @@ def parse_args():
         action="store_true",
         help="train the ResNet alone, under the most probable policies of --pretrained",
     )
+    add(
+        "--penalties",
+        nargs=2,
+        type=options.negative,
+        metavar=("MILD", "HARSH"),
+        help="train the ResNet alone, for every penalty between: beside each full pass one under "
+        "the policies that --pretrained chooses for a penalty drawn for the batch, which learns "
+        "by --distill from the full pass",
+    )
     add("--temperature", type=options.positive, default=2.0, help="of the softmax in distillation")
     add(
         "--recalibrate",
@@ -55,13 +65,18 @@ def parse_args():
         raise UserError("--policy takes no policy network: leave --pretrained out")
     if args.freeze_policy and args.policy:
         raise UserError("--policy takes no policy network: leave --freeze_policy out")
+    if args.penalties and (args.policy or args.teacher):
+        raise UserError("--penalties has policies and a teacher of its own: leave the other out")
     if args.teacher and not args.distill:
         raise UserError("nothing is learned from --teacher: give --distill a weight")
     return args
 
 
-def load_start(run: engine.Run, resnet: models.ResNet, policy_net: models.PolicyNet) -> None:
-    """The pretrained ResNet and the stage-1 policy; a stage-2 checkpoint brings both."""
+def load_start(run: engine.Run, resnet: models.ResNet, policy_net: models.PolicyNet) -> dict:
+    """The pretrained ResNet and the stage-1 policy; a stage-2 checkpoint brings both.
+
+    Returns what --pretrained holds.
+    """
     path = run.args.pretrained
     start = weights.read_for(run.config, path) if path else {}
     if "resnet" in start:
@@ -72,6 +87,7 @@ def load_start(run: engine.Run, resnet: models.ResNet, policy_net: models.Policy
         if not weights.is_of_base(start, resnet) and "resnet" not in start:
             run.note(f"{path}: its policy was learned on another base ResNet than this")
         weights.load_into(policy_net, start, path)
+    return start
 
 
 def load_teacher(run: engine.Run) -> nn.Module:
@@ -135,6 +151,28 @@ def resnet_train_step(
     return shard.share * task_loss(logits, images, labels, args, teacher), results
 
 
+def penalties_train_step(
+    policy_net: models.PolicyAtPenalty,
+    resnet: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    shard: Shard,
+    args,
+):
+    """The same under the policies that are best for a penalty drawn for the batch, beside a full
+    pass, so that the ResNet bends neither to one policy nor away from its full accuracy.
+    """
+    policy_net.penalty = utils.penalty_between(shard.common_noise(1), *args.penalties)
+    with torch.no_grad():
+        policy, _ = policy_net(images)
+    policies = torch.stack((torch.ones_like(policy), policy))
+    score = partial(utils.reward, penalty=policy_net.penalty)
+    logits, reward, correct = utils.rollout(resnet, images, labels, policies, score)
+    loss = F.cross_entropy(logits[0], labels)
+    loss = loss + utils.route_loss(logits[1], logits[0], labels, args.distill, args.temperature)
+    return shard.share * loss, {"policy": policy, "reward": reward[1], "correct": correct[1]}
+
+
 def test_step(decide: models.Decider, resnet: nn.Module, images: Tensor, labels: Tensor, args):
     """What becomes of a batch under the policies that `decide(images)` gives."""
     policy = decide(images)
@@ -152,18 +190,25 @@ def main() -> None:
         static = options.static_policy(args.policy, config, args.seed)
         train, test = engine.data.load(config, args, run.device)
         resnet, policy_net = models.build(args.model, config.num_classes)
-        if not args.load:
-            load_start(run, resnet, policy_net)
+        start = run.loaded if args.load else load_start(run, resnet, policy_net)
         run.place(resnet, policy_net)
         resnet.execution = args.execution
-        teacher = load_teacher(run) if args.distill else None
+        teacher = load_teacher(run) if args.distill and not args.penalties else None
         run.track("resnet", resnet)
         learned = [] if args.resnet_lr else list(resnet.parameters())
         if static is None:
             run.track("agent", policy_net)
+        if args.penalties:
+            path = args.load or args.pretrained
+            correctness = weights.load_correctness(config, start, path, policy_net)
+            run.place(correctness)
+            run.track("correctness", correctness)
+            policy_net = models.PolicyAtPenalty(policy_net, correctness, args.penalty)
         decide = models.decider(policy_net, static)
-        policy_learns = static is None and not args.freeze_policy
-        if policy_learns:
+        policy_learns = static is None and not (args.freeze_policy or args.penalties)
+        if args.penalties:
+            step = partial(penalties_train_step, policy_net, run.wrap(resnet))
+        elif policy_learns:
             learned += policy_net.parameters()
             step = partial(train_step, run.wrap(policy_net), run.wrap(resnet), teacher=teacher)
         else:
@@ -187,6 +232,8 @@ def main() -> None:
             run.logs.policies("train", *utils.performance_stats(*results.of_policies()))
             if run.tests(epoch):
                 resnet.eval(), policy_net.eval()
+                if args.penalties:
+                    policy_net.penalty = now.penalty
                 if args.recalibrate:
                     run.recalibrate(lambda x: resnet(x, decide(x)), resnet, train)
                 results = run.evaluate(partial(test_step, decide, resnet, args=now), test)

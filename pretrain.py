@@ -71,13 +71,6 @@ def full_and_route(shard: Shard, stages: Sequence[int], flip: float, device) -> 
     return policies[:, None].expand(-1, shard.stop - shard.start, -1)
 
 
-def route_loss(logits: Tensor, full_logits: Tensor, labels: Tensor, args) -> Tensor:
-    """Mean loss of the route's images, which learn from labels and from the full pass."""
-    agreement = utils.distillation(logits, full_logits, args.temperature)
-    labelled = F.cross_entropy(logits, labels)
-    return (1 - args.route_distill) * labelled + args.route_distill * agreement
-
-
 def load_start(resnet: models.ResNet, config: models.Config, args) -> None:
     """The weights to start from; a folder of pictures has a classifier of its own."""
     if args.pretrained:
@@ -128,7 +121,9 @@ def main() -> None:
             )
             loss = losses.sum() / shard.total
             if args.routes:
-                loss = loss + shard.share * route_loss(routed, logits, labels, args)
+                loss = loss + shard.share * utils.route_loss(
+                    routed, logits, labels, args.route_distill, args.temperature
+                )
             return loss, {
                 "correct": logits.argmax(1) == labels,
                 "loss": losses,

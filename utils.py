@@ -126,6 +126,20 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> 
     return temperature**2 * divergence
 
 
+def route_loss(
+    logits: Tensor, full_logits: Tensor, labels: Tensor, weight: float, temperature: float
+) -> Tensor:
+    """Mean loss of images under a route, which learns by `weight` from the full network's classes
+    and by the rest from labels: the sandwich rule of slimmable networks (Yu and Huang 2019,
+    arXiv 1903.05134).
+
+    logits, full_logits: (B, classes). labels: (B,). Returns a scalar; the full network learns
+    nothing from it.
+    """
+    agreement = distillation(logits, full_logits, temperature)
+    return (1 - weight) * F.cross_entropy(logits, labels) + weight * agreement
+
+
 def entropy(probs: Tensor) -> Tensor:
     """Sum over all entries of -p log p: the released code's term, not the full binary entropy."""
     return -(probs * probs.clamp_min(torch.finfo(probs.dtype).eps).log()).sum()
@@ -236,6 +250,11 @@ def expected_reward(right: Tensor, candidates: Tensor, penalty: float | Tensor) 
     """
     usage = candidates.sum(-1) / candidates.shape[-1]
     return right * (1 - usage**2) + (1 - right) * penalty
+
+
+def penalty_between(noise: Tensor, mild: float, harsh: float) -> float:
+    """A penalty between two negative ones, its logarithm uniform. noise: a scalar in [0, 1)."""
+    return mild * (harsh / mild) ** noise.item()
 
 
 def random_route(noise: Tensor, stages: Sequence[int], flip: float) -> Tensor:

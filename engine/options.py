@@ -57,6 +57,7 @@ side = number(int, lambda n: n >= 64, "a whole number of 64 or more")
 positive = number(float, lambda v: 0 < v < float("inf"), "a number above 0")
 weight = number(float, lambda v: 0 <= v < float("inf"), "a number of 0 or more")
 finite = number(float, lambda v: abs(v) < float("inf"), "a finite number")
+negative = number(float, lambda v: float("-inf") < v < 0, "a number below 0")
 fraction = number(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 alpha = number(float, lambda v: 0.5 < v <= 1, "in (0.5, 1]")
 

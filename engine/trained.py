@@ -87,20 +87,9 @@ class TrainedModel:
 
     def _at_penalty(self, content: Mapping[str, Any]) -> models.PolicyAtPenalty:
         """The policy network that chooses for --penalty, where the checkpoint can."""
-        asked, path = f"--penalty {self.args.penalty}", self.args.load or "the base"
-        if self.policy_net is None or "correctness" not in content:
-            raise UserError(
-                f"{asked}: {path} cannot choose for a penalty: only a policy of cl_training.py "
-                "--warm_start can, at the end of that"
-            )
-        if content.get("epoch", 0) > content["args"].get("warm_start", 0):
-            raise UserError(
-                f"{asked}: {path} has gone on since, and predicts no more: take the checkpoint of "
-                "the warm start's last epoch"
-            )
-        candidates = utils.candidate_policies(self.config.stages)
-        head = models.Correctness(self.policy_net.features.num_features, candidates)
-        weights.load_into(head, content, self.args.load)
+        if self.policy_net is None:
+            raise UserError("--penalty: there is no policy network here that could choose by it")
+        head = weights.load_correctness(self.config, content, self.args.load, self.policy_net)
         return models.PolicyAtPenalty(self.policy_net, head, self.args.penalty)
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import models
+import utils
 from models import Config
 
 from . import checkpoint, options, ranks
@@ -154,6 +155,26 @@ def load_into(network: nn.Module, content: Mapping[str, Any], path: str | Path) 
         state = resnet_weights(content, path)
     with user_errors(path):
         load(network, state)
+
+
+def load_correctness(
+    config: Config, content: Mapping[str, Any], path: str | Path, policy_net: models.PolicyNet
+) -> models.Correctness:
+    """The head by which a policy network chooses for any penalty.
+
+    Raises UserError where the checkpoint has none, or one that the policy network has gone on from.
+    """
+    way_out = "take the checkpoint of the last epoch of cl_training.py --warm_start"
+    if "correctness" not in content:
+        raise UserError(f"{path}: its policy cannot choose for another penalty: {way_out}")
+    if content["epoch"] > content["args"].get("warm_start", content["epoch"]):
+        raise UserError(
+            f"{path}: its policy has gone on since it could choose for another penalty: {way_out}"
+        )
+    candidates = utils.candidate_policies(config.stages)
+    head = models.Correctness(policy_net.features.num_features, candidates)
+    load_into(head, content, path)
+    return head
 
 
 def load_base(config: Config, given: str | None, resnet: models.ResNet) -> None:

@@ -754,13 +754,12 @@ def test_pretrain_under_routes_by_hand(run, common, tmp_path, monkeypatch):
 
     torch.manual_seed(0)
     logits, full, labels = torch.randn(5, 10), torch.randn(5, 10), torch.randint(10, (5,))
-    args = SimpleNamespace(route_distill=0.7, temperature=2.0)
     expected = 0.0
     for row, teacher, label in zip(logits.double(), full.double(), labels, strict=True):
         p, q = (teacher / 2).softmax(0), (row / 2).softmax(0)
         divergence = 4 * sum(a * (a / b).log() for a, b in zip(p, q, strict=True))
         expected += (0.3 * -row.softmax(0)[label].log() + 0.7 * divergence) / 5
-    found = pretrain.route_loss(logits, full, labels, args)
+    found = utils.route_loss(logits, full, labels, 0.7, 2.0)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
@@ -970,6 +969,32 @@ def test_a_warm_start_learns_what_is_hard():
         assert at(images)[0].sum(1).mean() < needed.mean() / 2
 
 
+def test_a_step_for_many_penalties_by_hand():
+    """Each batch has one penalty; the policies are those that the head chooses for it."""
+    finetune = script_module("finetune")
+    resnet, policy_net = models.build(TINY)
+    candidates = torch.tensor([[1.0, 0, 0, 0, 0, 0], [1.0] * 6])
+    head = models.Correctness(policy_net.features.num_features, candidates)
+    with torch.no_grad():  # right with one block in 60 %, with all in 90 % of all images
+        head.linear.weight.zero_()
+        head.linear.bias.copy_(torch.logit(torch.tensor([0.6, 0.9])))
+    at = models.PolicyAtPenalty(policy_net, head, 0.0)
+    images, labels = torch.rand(4, 3, 32, 32), torch.arange(4)
+    for mild, harsh, chosen in ((-0.1, -0.2, 0), (-10.0, -20.0, 1)):
+        args = SimpleNamespace(penalties=(mild, harsh), distill=0.5, temperature=2.0)
+        shard = Shard(0, 4, 8)
+        loss, results = finetune.penalties_train_step(
+            at, resnet.eval(), images, labels, shard, args
+        )
+        assert harsh < at.penalty < mild
+        assert torch.equal(results["policy"], candidates[chosen].expand(4, -1))
+        full = resnet(images, torch.ones(4, 6))
+        routed = resnet(images, results["policy"])
+        expected = torch.nn.functional.cross_entropy(full, labels)
+        expected = expected + utils.route_loss(routed, full, labels, 0.5, 2.0)
+        torch.testing.assert_close(loss, expected / 2)
+
+
 def test_a_warm_started_run_chooses_for_penalties(run, common, base_file, tmp_path):
     options = [*common, "--base", base_file, "--batch_size", 40, "--test_every", 1]
     warm, whole, figures = tmp_path / "warm", tmp_path / "whole", tmp_path / "figures.json"
@@ -984,12 +1009,24 @@ def test_a_warm_started_run_chooses_for_penalties(run, common, base_file, tmp_pa
         assert status == 0, err
         blocks.append(json.loads(figures.read_text())["block_usage"])
     assert blocks[0] <= blocks[1]
+    # stage 2 for many penalties keeps that, in one run or in two
+    tune = ["finetune", *common, "--base", base_file, "--pretrained", warm / "last.t7",
+            "--penalties", -0.5, -50, "--distill", 0.5, "--batch_size", 40]  # fmt: skip
+    halves, tuned = tmp_path / "halves", tmp_path / "tuned"
+    assert run(*tune, "--max_epochs", 1, "--cv_dir", halves)[0] == 0
+    assert run(*tune, "--max_epochs", 2, "--load", halves)[0] == 0
+    assert run(*tune, "--max_epochs", 2, "--cv_dir", tuned)[0] == 0
+    assert same(trained(halves), trained(tuned))
+    before, after = (checkpoint.read(where / "last.t7") for where in (warm, tuned))
+    assert all(same(before[name], after[name]) for name in ("agent", "correctness"))
+    assert not same(checkpoint.read(base_file)["state_dict"], after["resnet"])
+    assert run("test", *common, "--load", tuned, "--penalty", -7)[0] == 0
     # the curriculum goes on from there, in one run or in two
     assert run("cl_training", *options, "--max_epochs", 4, "--load", warm)[0] == 0
     assert run("cl_training", *options, "--max_epochs", 4, "--cv_dir", whole)[0] == 0
     assert same(trained(warm), trained(whole))
     refused(run("test", *common, "--base", base_file, "--load", warm, "--penalty", -1),
-            "warm start's last epoch")  # fmt: skip
+            "has gone on since", "the last epoch of cl_training.py --warm_start")  # fmt: skip
     plain = tmp_path / "plain"
     assert run("cl_training", *options[:-4], "--max_epochs", 1, "--cv_dir", plain)[0] == 0
     refused(run("test", *common, "--base", base_file, "--load", plain, "--penalty", -1),

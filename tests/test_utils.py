@@ -272,6 +272,11 @@ def test_random_routes_take_every_depth_equally_often():
     assert abs(flipped.float().mean() - 0.1) < 0.01  # in half of the routes, a fifth
 
 
+def test_penalties_lie_between_in_equal_ratios():
+    found = [utils.penalty_between(torch.tensor(part), -0.5, -50.0) for part in (0.0, 0.5, 1.0)]
+    assert found == pytest.approx([-0.5, -5.0, -50.0])
+
+
 def test_deals_are_permutations_that_differ():
     policies = torch.arange(40).reshape(20, 2)
     deals = [utils.deal(policies, seed) for seed in range(3)]
