@@ -123,7 +123,7 @@ def main() -> None:
             f"    Speed-up: {figures['speed_up']:.2f} over the full ResNet, batch {args.batch_size}"
         )
     if args.json:
-        figures |= {name: getattr(args, name) for name in ("model", "load", "precision")}
+        figures |= {name: getattr(args, name) for name in ("model", "load", "penalty", "precision")}
         figures["policy"] = trained.policy_name
         with engine.user_errors(args.json):
             args.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -17,12 +17,7 @@ import utils
 from engine import UserError, checkpoint, options, weights
 from engine.trained import TrainedModel, decision_flops
 from visual import facts, figures, page
-
-PUBLISHED = {  # Wu et al. 2018: model -> (label, blocks, FLOPs or None, accuracy)
-    "R32_C10": [("stage 1", 9.4, None, 0.886), ("stage 2", 6.9, None, 0.913)],
-    "R110_C10": [("stage 1", 20.1, None, 0.754), ("stage 2", 16.93, 1.81e8, 0.936)],
-    "R101_ImgNet": [("stage 1", 29.79, None, 0.746), ("stage 2", 24.77, 1.25e10, 0.764)],
-}
+from visual.published import PAPER
 
 
 def parse_args():
@@ -270,7 +265,7 @@ def published(predicted: Predictions) -> list[tuple[str, float, float]]:
     mean = float(predicted.per_block.mean())
     return [
         (f"paper, {label}", flops or predicted.fixed + blocks * mean, accuracy)
-        for label, blocks, flops, accuracy in PUBLISHED.get(predicted.config.name, [])
+        for label, blocks, flops, accuracy in PAPER.get(predicted.config.name, [])
     ]
 
 

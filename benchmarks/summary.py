@@ -1,7 +1,13 @@
-"""One table from figures that test.py wrote: summary.py NAME=FILE.json [NAME=FILE.json ...]"""
+"""Figures that test.py wrote, as one table and, if wanted, one picture.
 
+    python benchmarks/summary.py NAME=FILE.json [NAME=FILE.json ...] [--picture FILE]
+
+Rows with --dependence say what the policies owe to the image. In the picture, accuracy against
+FLOPs an image, the rows of one checkpoint under several penalties make a curve.
+"""
+
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from measure import table
@@ -15,10 +21,71 @@ COLUMNS = {
 }
 SPEED = {"images/s": "{images_per_second:.0f}"}
 TIMED = {"ms/img": "{ms_per_image:.3f}", "speed-up": "{speed_up:.2f}"}  # of test.py --time
+DEALT = {  # of test.py --dependence
+    "shuffled": "{shuffled[accuracy]:.3f}",
+    "common": "{common[accuracy]:.3f} at {common[blocks]:.0f}",
+    "static, same FLOPs": "{static_same_flops[accuracy]:.3f} at {static_same_flops[blocks]:.0f}",
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("rows", nargs="+", metavar="NAME=FILE.json")
+    parser.add_argument("--picture", type=Path, help="also draw them, into this file")
+    return parser.parse_args()
+
+
+def print_table(rows: list[dict]) -> None:
+    columns = COLUMNS | (TIMED if all("speed_up" in row for row in rows) else SPEED)
+    lines = [[form.format(**row) for form in columns.values()] for row in rows]
+    if any("dependence" in row for row in rows):
+        columns |= DEALT
+        for row, line in zip(rows, lines, strict=True):
+            found = row.get("dependence")
+            line += [form.format(**found) if found else "" for form in DEALT.values()]
+    print(table(list(columns), lines))
+
+
+def kind(row: dict) -> str:
+    """The kind of a row, as the picture's legend names it."""
+    if row["model"].startswith("AIG"):
+        return "ConvNet-AIG"
+    if row["policy"]:
+        return "static"
+    return "BlockDrop" if row["load"] and row["unique_policies"] > 1 else "full ResNet"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Points of all rows, curves of those that share a checkpoint."""
+    from visual import figures, published
+
+    checkpoints = [row["load"] for row in rows if row.get("penalty") is not None]
+    curves, points = {}, []
+    for row in rows:
+        if row.get("penalty") is None:
+            points.append((kind(row), row["name"], row["flops"], row["accuracy"]))
+            continue
+        own = "one network"
+        if len(set(checkpoints)) > 1:
+            own += f", {Path(row['load']).name}"
+        curves.setdefault(own, []).append((row["flops"], row["accuracy"]))
+        for name, found in row.get("dependence", {}).items():
+            if name in figures.DEALT:
+                point = found["flops"], found["accuracy"]
+                curves.setdefault(figures.DEALT[name], []).append(point)
+    if all(row["model"].endswith("_C10") for row in rows):
+        curves |= published.ANYTIME
+    figures.trade_off(points, "FLOPs an image", curves).savefig(path, dpi=160)
+
+
+def main() -> None:
+    args = parse_args()
+    pairs = [argument.partition("=")[::2] for argument in args.rows]
+    rows = [{"name": name, **json.loads(Path(file).read_text())} for name, file in pairs]
+    print_table(rows)
+    if args.picture:
+        draw(rows, args.picture)
 
 
 if __name__ == "__main__":
-    pairs = [argument.partition("=")[::2] for argument in sys.argv[1:]]
-    rows = [{"name": name, **json.loads(Path(file).read_text())} for name, file in pairs]
-    columns = COLUMNS | (TIMED if all("speed_up" in row for row in rows) else SPEED)
-    print(table(list(columns), [[form.format(**row) for form in columns.values()] for row in rows]))
+    main()

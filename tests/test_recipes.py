@@ -68,6 +68,36 @@ def test_recipe(recipe, commands, monkeypatch):
             script_module(arguments[0].removesuffix(".py")).parse_args()
 
 
+def test_the_table_and_the_picture_of_figures(tmp_path):
+    """Rows of one checkpoint under several penalties make a curve; the others are points."""
+    plain = {"model": "R32_C10", "load": None, "policy": None, "penalty": None, "accuracy": 0.9,
+             "block_usage": 15.0, "block_usage_std": 0.0, "flops": 1.4e8, "flops_std": 0.0,
+             "unique_policies": 1, "images_per_second": 9.0}  # fmt: skip
+    other = {"accuracy": 0.8, "blocks": 7.0, "flops": 7e7}
+    names = ("own", "shuffled", "common", "static", "static_same_flops")
+    rows = [plain, plain | {"load": "a", "policy": "first:8"}]
+    rows += [
+        plain | {"load": "b", "penalty": penalty, "unique_policies": 3, "flops": flops,
+                 "dependence": dict.fromkeys(names, other)}
+        for penalty, flops in ((-1, 6e7), (-5, 8e7))
+    ]  # fmt: skip
+    given = []
+    for name, row in zip("wxyz", rows, strict=True):
+        given.append(f"{name}={tmp_path / name}.json")
+        (tmp_path / f"{name}.json").write_text(json.dumps(row))
+    command = [sys.executable, "benchmarks/summary.py", *given]
+    command += ["--picture", str(tmp_path / "picture.svg")]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    lines = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()]
+    assert [line[1] for line in lines[2:]] == ["w", "x", "y", "z"]
+    assert lines[2][-4:-1] == ["", "", ""] and lines[4][-4:-1] == ["0.800", "0.800 at 7"] + [
+        "0.800 at 7"
+    ]
+    picture = (tmp_path / "picture.svg").read_text()
+    for words in ("one network", "dealt to other images", "static, same network", "MSDNet"):
+        assert words in picture
+
+
 def test_rehearsal(commands, monkeypatch):
     monkeypatch.setenv("SUBSET", "64")
     for arguments, _ in commands("R32_C10"):
@@ -80,7 +110,7 @@ def demo():
     return script_module("recipes/demo")
 
 
-@pytest.mark.parametrize("slower", [1, 3, 10, 1000])
+@pytest.mark.parametrize("slower", [1, 5, 10, 1000])
 def test_the_demo_fits_its_sizes_to_the_machine(slower, demo):
     todo = demo.stages()
     paces = [demo.Pace(4.0, slower / 1000), demo.Pace(5.0, slower / 700)]
@@ -92,13 +122,13 @@ def test_the_demo_fits_its_sizes_to_the_machine(slower, demo):
         stage.epochs * count * pace.image
         for stage, pace, count in zip(todo, paces, images, strict=True)
     )
-    test = slower / 8000 * (3 * min(images[0], 10_000) + 4 * min(images[1], 10_000))
+    test = slower / 8000 * 3 * (min(images[0], 10_000) + min(images[1], 10_000))
     assert forecast == pytest.approx(fixed + train + test)
     if slower == 1:
         assert images == [stage.images for stage in todo] and forecast < 600
     elif slower < 1000:
         assert 500 < forecast <= 600  # all that the time allows
-        assert images[1] / images[0] == pytest.approx(2.5, rel=0.01)
+        assert images[1] / images[0] == pytest.approx(2, rel=0.01)
     else:
         assert images == [demo.FEWEST] * 2 and forecast > 600  # and it says so
 
@@ -106,6 +136,7 @@ def test_the_demo_fits_its_sizes_to_the_machine(slower, demo):
 def test_the_demo_runs_every_stage(demo, cifar_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "REHEARSED", 24)
     monkeypatch.setattr(demo, "FEWEST", 24)
+    monkeypatch.setattr(demo, "PENALTIES", (-1, -50))
     small = [replace(stage, images=40, epochs=2, test_every=1) for stage in demo.stages()]
     monkeypatch.setattr(demo, "stages", lambda: small)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -114,6 +145,7 @@ def test_the_demo_runs_every_stage(demo, cifar_dir, tmp_path, monkeypatch, capfd
     demo.main()
     out = capfd.readouterr().out
     table = [line.split("|") for line in out.splitlines() if line.startswith("|")]
-    assert [row[1].strip() for row in table[2:]] == ["shipped", "full", "stage 1", "stage 2"]
+    rows = ["full", *(f"penalty {penalty}" for penalty in demo.PENALTIES), "stage 2"]
+    assert [row[1].strip() for row in table[2:]] == rows
     assert "forecast: " in out and out.splitlines()[-1].startswith("took ")
     assert len((tmp_path / "stage2" / "metrics.jsonl").read_text().splitlines()) == 2

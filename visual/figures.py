@@ -182,9 +182,31 @@ MARKERS = {
 }
 
 
-def trade_off(points, unit: str) -> Figure:
-    """Accuracy against cost. points: (kind, label, cost, accuracy), kinds as in MARKERS."""
-    figure, ax = plt.subplots(figsize=(6.5, 4.2))
+DEALT = {  # what `test.py --dependence` compares with, one network's other ways to decide
+    "shuffled": "dealt to other images",
+    "common": "most frequent policy for all",
+    "static_same_flops": "static, same network",
+}
+LINES = {  # what a curve's label begins with -> its style
+    "one network": ("o-", BLUE),
+    DEALT["shuffled"]: ("v--", BLUE),
+    DEALT["common"]: ("s:", BLUE),
+    DEALT["static_same_flops"]: ("^-", ORANGE),
+    "published: MSDNet": ("*--", PURPLE),
+    "published": ("x--", GRAY),
+}
+
+
+def trade_off(points, unit: str, curves=()) -> Figure:
+    """Accuracy against cost. points: (kind, label, cost, accuracy), kinds as in MARKERS.
+
+    curves: label -> [(cost, accuracy), ...], labels that begin as those in LINES.
+    """
+    figure, ax = plt.subplots(figsize=(6.5, 4.2) if not curves else (7.5, 5.5))
+    for label in curves:
+        style, colour = next(LINES[start] for start in LINES if label.startswith(start))
+        ax.plot(*zip(*sorted(curves[label]), strict=True), style, color=colour, label=label,
+                markersize=4, linewidth=1.2)  # fmt: skip
     for kind, (marker, colour) in MARKERS.items():
         chosen = [(cost, accuracy) for k, _, cost, accuracy in points if k == kind]
         if chosen:
@@ -195,7 +217,8 @@ def trade_off(points, unit: str) -> Figure:
     ax.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # no 90.25 %, to be rounded
     ax.yaxis.set_major_formatter("{x:.1%}")
     ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(MARKERS), frameon=False, fontsize=9)
+    columns = 3 if curves else len(MARKERS)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     label_apart(ax, [(cost, accuracy, label) for _, label, cost, accuracy in points])
     return figure
 
