@@ -1,47 +1,32 @@
 #!/bin/sh
-# All stages of R32_C10 from nothing.
+# R32_C10 from nothing: one training a row of the table in docs/results.md.
 MODEL=R32_C10
 . recipes/common.sh
 
-# A plain ResNet, then stochastic depth in two steps: strong, for a base that tolerates missing
-# blocks, and weaker, for the accuracy of the full network.
+# Stage 0: a plain ResNet, then one that serves every route.
 stage plain pretrain --max_epochs 42 --batch_size 256 --lr 0.4
-stage depth pretrain --max_epochs 36 --batch_size 128 --lr 0.1 --block_drop 0.4 \
-    --pretrained "$OUT/plain"
-stage base pretrain --max_epochs 40 --batch_size 128 --lr 0.1 --block_drop 0.25 \
-    --pretrained "$OUT/depth"
+stage base pretrain --routes --pretrained "$OUT/plain" --max_epochs 20 --batch_size 128 --lr 0.1
 BASE=$OUT/base
 
-# The policy network starts from a classifier of its own size; one that knows classes is quicker to
-# tell easy images from hard ones.
+# The policy network starts from a classifier of its own size.
 stage classifier pretrain --model R8_C10 --max_epochs 25 --batch_size 256 --lr 0.4
-CURRICULUM="--base $BASE --batch_size 256 --samples 2 --cl_blocks 3 --schedule cosine
-    --beta_end 0.01 --policy_init $(ls "$OUT"/classifier/pk_*.t7)"
 
-# Stage 1 begins with a harsh penalty and goes on with a milder one, down to fewer blocks.
-stage gentle cl_training $CURRICULUM --max_epochs 12 --penalty -3 --alpha_end 0.95
-stage stage1 cl_training $CURRICULUM --load "$OUT/gentle" --max_epochs 20 --penalty -2.6 \
-    --alpha_end 0.97
-stage thrifty cl_training $CURRICULUM --load "$OUT/gentle" --max_epochs 24 --penalty -0.4 \
-    --alpha_end 0.97
+# Stage 1: one policy network for every penalty, then the curriculum and the policy gradient for one.
+WARM="--base $BASE --batch_size 128 --policy_size 16 --warm_start 6
+    --policy_init $(ls "$OUT"/classifier/pk_*.t7)"
+stage curve cl_training $WARM --max_epochs 6 --schedule cosine --penalty -5
+stage stage1 cl_training $WARM --load "$OUT/curve" --max_epochs 12 --penalty -5 --lr 2e-4 \
+    --cl_step 5 --cl_blocks 5 --samples 2 --alpha 0.95 --beta 0.01
 
-# Stage 2: both networks, until 6.9 blocks are left, then the ResNet alone.
-LEARN="--distill 0.5 --teacher $BASE --penalty -1 --recalibrate"
-stage joint finetune $LEARN --base "$BASE" --pretrained "$OUT/thrifty/last.t7" --max_epochs 4 \
-    --batch_size 256 --lr 2e-4 --resnet_lr 0.1 --alpha 0.9 --alpha_end 0.921
-ALONE="$LEARN --freeze_policy --batch_size 128 --schedule cosine"
-stage alone finetune $ALONE --pretrained "$OUT/joint/last.t7" --max_epochs 30 --resnet_lr 0.1
-stage alone2 finetune $ALONE --pretrained "$OUT/alone/last.t7" --max_epochs 20 --resnet_lr 0.05
-stage stage2 finetune $ALONE --pretrained "$OUT/alone2/last.t7" --max_epochs 20 --resnet_lr 0.05
+# Stage 2: the ResNet for every penalty, and the paper's form, both networks for one penalty.
+TUNE="--base $BASE --batch_size 128 --schedule cosine --resnet_lr 0.02 --distill 0.5"
+stage penalties finetune $TUNE --pretrained "$OUT/curve/last.t7" --max_epochs 4 --penalty -5 \
+    --penalties -0.5 -50
+stage stage2 finetune $TUNE --pretrained "$OUT/stage1/last.t7" --max_epochs 8 --penalty -5
 
-# Then the policy alone, on the ResNet that has adapted to it, and the ResNet once more.
-TUNED=$OUT/stage2/last.t7
-stage again cl_training --base "$TUNED" --policy_init "$TUNED" --max_epochs 2 --batch_size 128 \
-    --samples 2 --cl_step 15 --lr 5e-4 --penalty -5 --alpha 0.96 --alpha_end 0.98 --beta 0.01
-stage final finetune $ALONE --base "$TUNED" --pretrained "$OUT/again/last.t7" --max_epochs 10 \
-    --resnet_lr 0.05
-
-stages
-profile again --base "$TUNED" --load "$OUT/again"
-profile final --load "$OUT/final"
+for penalty in -0.5 -2 -5 -15 -50; do
+    profile "curve$penalty" --base "$BASE" --load "$OUT/curve" --penalty $penalty --dependence
+    profile "penalties$penalty" --load "$OUT/penalties" --penalty $penalty --dependence
+done
+stages --dependence
 table

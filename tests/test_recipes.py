@@ -11,7 +11,7 @@ from conftest import script_module
 
 from engine.checkpoint import ROOT
 
-RECIPES = ["R32_C10", "R110_C10", "R32_C10_more", "AIG32_C10", "folder"]
+RECIPES = ["R32_C10", "static", "R110_C10", "AIG32_C10", "folder"]
 
 # Takes Python's place: notes a command and which of its files are not there, and leaves those that
 # it would write.
@@ -58,7 +58,7 @@ def commands(tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe(recipe, commands, monkeypatch):
-    needs = ["R32_C10"] if recipe == "R32_C10_more" else []
+    needs = ["R32_C10"] if recipe == "static" else []
     calls = commands(*needs, recipe)
     assert [arguments[0] for arguments, _ in calls].count("benchmarks/summary.py") == len(needs) + 1
     for arguments, missing in calls:
