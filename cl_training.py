@@ -115,7 +115,7 @@ def warm_step(
     chosen = expected.argmax(1)
     policy, correct = candidates[chosen], right.gather(1, chosen[:, None])[:, 0]
     likelihood = utils.policy_gradient_loss(probs, policy, torch.ones_like(expected[:, 0]))
-    reward = torch.where(correct, 1 - policy.mean(1) ** 2, args.penalty)
+    reward = torch.where(correct, utils.reward_if_right(policy), args.penalty)
     results = {"policy": policy, "reward": reward, "correct": correct}
     return shard.share * loss + likelihood / policy.shape[1] / shard.total, results
 

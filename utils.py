@@ -60,6 +60,12 @@ def force_on(policy: Tensor, mask: Tensor) -> Tensor:
     return policy.masked_fill(~mask, 1)
 
 
+def reward_if_right(policy: Tensor) -> Tensor:
+    """What a policy (..., K) earns where the class is right (Eq. 3): 1 - (|u| / K)^2, (...)."""
+    usage = policy.sum(-1) / policy.shape[-1]
+    return 1 - usage**2
+
+
 def reward(logits: Tensor, labels: Tensor, policy: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """Reward of each image's policy (Eq. 3): 1 - (|u| / K)^2 if the class is right, else `penalty`.
 
@@ -68,8 +74,7 @@ def reward(logits: Tensor, labels: Tensor, policy: Tensor, penalty: float) -> tu
     policy (P, B, K), several policies an image, both are (P, B).
     """
     correct = logits.argmax(-1) == labels
-    usage = policy.sum(-1) / policy.shape[-1]
-    return torch.where(correct, 1 - usage**2, penalty), correct
+    return torch.where(correct, reward_if_right(policy), penalty), correct
 
 
 def rollout(
@@ -248,8 +253,7 @@ def expected_reward(right: Tensor, candidates: Tensor, penalty: float | Tensor) 
 
     right: (B, C) probabilities. Returns (B, C).
     """
-    usage = candidates.sum(-1) / candidates.shape[-1]
-    return right * (1 - usage**2) + (1 - right) * penalty
+    return right * reward_if_right(candidates) + (1 - right) * penalty
 
 
 def penalty_between(noise: Tensor, mild: float, harsh: float) -> float:

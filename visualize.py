@@ -78,7 +78,7 @@ class Predictions:
 
     def _predictions(self) -> dict[str, Any]:
         """What `_predict` finds, from the cache beside the checkpoint if it is of the same."""
-        file = self.path / checkpoint.LAST if self.path.is_dir() else self.path
+        file = checkpoint.newest(self.path) if self.path.is_dir() else self.path
         cache = file.with_suffix(".predictions.pt")
         networks = filter(None, (self.trained.resnet, self.trained.policy_net))
         key = [weights.fingerprint(network) for network in networks]

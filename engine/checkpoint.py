@@ -23,11 +23,12 @@ NETWORKS = ("agent", "net", "resnet", "state_dict", "correctness")
 def read(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint, in torch's zip or pre-zip format, onto the CPU without running its code.
 
-    A directory stands for the last.t7 in it. Raises UserError naming the file and what is wrong.
+    A directory stands for the last.t7 in it or, where there is none, as in those that come with the
+    repository, for its only checkpoint. Raises UserError naming the file and what is wrong.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / LAST
+        path = newest(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
@@ -52,6 +53,13 @@ def read(path: str | Path) -> dict[str, Any]:
     if written is not None and written != digest(content):
         raise UserError(f"{path}: damaged, its content does not match its checksum")
     return content
+
+
+def newest(folder: Path) -> Path:
+    """The file that a run's directory stands for, which may not be there."""
+    last = folder / LAST
+    named = [] if last.exists() else list(folder.glob("ckpt_*.t7"))
+    return named[0] if len(named) == 1 else last
 
 
 def well_formed(content: Any) -> bool:

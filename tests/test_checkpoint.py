@@ -26,6 +26,17 @@ def test_a_directory_stands_for_its_last_checkpoint(tmp_path):
     assert checkpoint.read(tmp_path)["epoch"] == 3
 
 
+def test_a_directory_stands_for_its_newest_or_only_checkpoint(tmp_path):
+    first, second = tmp_path / "ckpt_E_1.t7", tmp_path / "ckpt_E_2.t7"
+    checkpoint.write({"epoch": 1}, first)
+    assert checkpoint.read(tmp_path)["epoch"] == 1
+    checkpoint.write({"epoch": 2}, second)
+    with pytest.raises(UserError, match="last.t7: no such checkpoint"):
+        checkpoint.read(tmp_path)
+    checkpoint.write({"epoch": 3}, tmp_path / "last.t7")
+    assert checkpoint.read(tmp_path)["epoch"] == 3
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.t7"
     checkpoint.write({"epoch": 1}, path)
