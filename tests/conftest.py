@@ -1,8 +1,12 @@
 """A CIFAR-format data set, a base ResNet and a way to run the scripts, all small."""
 
 import importlib
+import os
 import pickle
 import sys
+
+# as many processes as cores run the tests; before torch is imported, and for the scripts as well
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
