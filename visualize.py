@@ -23,6 +23,7 @@ from visual.published import PAPER
 def parse_args():
     parser = options.parser(__doc__)
     options.add_base(parser)
+    options.add_chosen_penalty(parser)
     add = parser.add_argument
     add("--load", nargs="+", required=True, help="checkpoints, or the cv_dirs that hold last.t7")
     add("--out", type=Path, default=Path("report"), help="directory of the report")
@@ -42,8 +43,9 @@ class Predictions:
         self.made_with = content.get("args", {})
         model = content.get("model")  # released checkpoints do not say
         model = model if isinstance(model, str) else args.model
+        penalty = args.penalty if "correctness" in content else None
         own = argparse.Namespace(
-            **vars(args) | {"load": path, "model": model, "policy": None, "penalty": None}
+            **vars(args) | {"load": path, "model": model, "policy": None, "penalty": penalty}
         )
         self.path, self.config = Path(path), engine.data.config_of(own)
         self.trained = TrainedModel(own, self.config)
@@ -83,7 +85,12 @@ class Predictions:
         networks = filter(None, (self.trained.resnet, self.trained.policy_net))
         key = [weights.fingerprint(network) for network in networks]
         key += [self.test.fingerprint(), self.trained.args.precision, self.trained.static.tolist()]
-        key += [self.config.image_size, list(self.config.mean), list(self.config.std)]
+        key += [
+            self.trained.args.penalty,
+            self.config.image_size,
+            list(self.config.mean),
+            list(self.config.std),
+        ]
         key += [sorted(self.trained.resnet.always_on)] if self.config.gated else []
         try:
             content = checkpoint.read(cache)
@@ -385,6 +392,8 @@ def main() -> None:
           f"{predicted.flops:.3g}", len(facts.distinct(predicted.policies)[0]), len(blocks)]],
     )  # fmt: skip
     part = f", --subset {args.subset}: the first images only" if args.subset else ""
+    penalty = predicted.trained.args.penalty
+    part = f", --penalty {penalty:g}{part}" if penalty is not None else part
     source = f"<code>{html.escape(str(predicted.path))}</code>, {predicted.kind}{part}"
     head = f'<p class="soft">{source}</p>{head}'
     print(report.write(f"{predicted.config.name}: what the policy has learned", head))

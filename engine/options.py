@@ -112,6 +112,15 @@ def add_static(options: Parser) -> None:
     )
 
 
+def add_chosen_penalty(options: Parser) -> None:
+    options.add_argument(
+        "--penalty",
+        type=finite,
+        help="choose policies for this reward of a wrong prediction, where the checkpoint comes "
+        "from cl_training.py --warm_start or finetune.py --penalties",
+    )
+
+
 def with_seed(name: str | None, seed: int) -> str | None:
     """A static policy's name; a random one's with the seed that it is drawn with."""
     return f"{name}:{seed}" if name and re.fullmatch(r"random:\d+", name) else name

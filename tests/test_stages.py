@@ -1009,6 +1009,9 @@ def test_a_warm_started_run_chooses_for_penalties(run, common, base_file, tmp_pa
         assert status == 0, err
         blocks.append(json.loads(figures.read_text())["block_usage"])
     assert blocks[0] <= blocks[1]
+    page = ["visualize", *common, "--base", base_file, "--load", warm, "--out", tmp_path / "report"]
+    assert run(*page, "--penalty", -100)[0] == 0
+    assert "--penalty -100" in (tmp_path / "report" / "report.html").read_text()
     # stage 2 for many penalties keeps that, in one run or in two
     tune = ["finetune", *common, "--base", base_file, "--pretrained", warm / "last.t7",
             "--penalties", -0.5, -50, "--distill", 0.5, "--batch_size", 40]  # fmt: skip
