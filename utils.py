@@ -205,17 +205,20 @@ def most_frequent(policies: Tensor) -> Tensor:
 
 
 def static_policy(name: str, stages: Sequence[int], seed: int = 0) -> Tensor:
-    """The paper's static baselines: the same N of K blocks for every image (section 4.2).
+    """The paper's static baselines, and one more: the same N of K blocks for every image
+    (section 4.2).
 
     name: "first:N" keeps the first blocks, "random:N" as many drawn with `seed`, "random:N:SEED"
     with its own, "distribute:N" the first ones of each stage, shared as evenly as the stages allow,
-    earlier stages first. Returns a (K,) float tensor. Raises ValueError when there are no N blocks
-    or the name means nothing.
+    earlier stages first. "late:N", not the paper's, shares them among the later stages, the last
+    one first, and leaves the first stage one block until those are full. Returns a (K,) float
+    tensor. Raises ValueError when there are no N blocks or the name means nothing.
     """
-    spelt = re.fullmatch(r"(?:(first|distribute):(\d+))|(random):(\d+)(?::(\d+))?", name)
+    spelt = re.fullmatch(r"(?:(first|distribute|late):(\d+))|(random):(\d+)(?::(\d+))?", name)
     if not spelt:
         raise ValueError(
-            f"{name!r} is not first:N, random:N, random:N:SEED or distribute:N, N blocks to keep"
+            f"{name!r} is not first:N, random:N, random:N:SEED, distribute:N or late:N, N blocks "
+            "to keep"
         )
     kind, keep = spelt[1] or spelt[3], int(spelt[2] or spelt[4])
     seed = int(spelt[5] or seed)
@@ -232,20 +235,30 @@ def static_policy(name: str, stages: Sequence[int], seed: int = 0) -> Tensor:
         shares = [0] * len(stages)
         while sum(shares) < keep:
             open_stages = [i for i, depth in enumerate(stages) if shares[i] < depth]
-            shares[min(open_stages, key=lambda i: (shares[i], i))] += 1
+            shares[min(open_stages, key=lambda i: turn(kind, i, shares[i]))] += 1
         for start, share in zip(_stage_starts(stages), shares, strict=True):
             policy[start : start + share] = 1
     return policy
+
+
+def turn(kind: str, stage: int, share: int) -> tuple[int, ...]:
+    """Sorts stages by who is given the next block, where they have `share` blocks so far."""
+    if kind == "distribute":
+        return share, stage
+    return stage == 0 and share > 0, share, -stage
 
 
 DEPTHS = (0.2, 0.27, 0.33, 0.4, 0.47, 0.53, 0.6, 0.7, 0.85, 1.0)  # parts of all K blocks
 
 
 def candidate_policies(stages: Sequence[int]) -> Tensor:
-    """A few policies to choose among, (C, K): DistributeK at nested depths, up to all blocks."""
+    """A few policies to choose among, (C, K): nested ones from few blocks up to all.
+
+    They are those of "late:N": on ResNets that serve every route these are the best of their size.
+    """
     num_blocks = sum(stages)
     depths = sorted({max(1, round(num_blocks * part)) for part in DEPTHS})
-    return torch.stack([static_policy(f"distribute:{depth}", stages) for depth in depths])
+    return torch.stack([static_policy(f"late:{depth}", stages) for depth in depths])
 
 
 def expected_reward(right: Tensor, candidates: Tensor, penalty: float | Tensor) -> Tensor:

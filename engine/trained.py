@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -119,9 +119,9 @@ class TrainedModel:
 
         policies (N, K) and correct (N,) are what the images of `test` have under their own ones.
         "shuffled" deals the same policies to other images, the mean of DEALS deals; "common" is the
-        most frequent policy for all; "static" is DistributeK with as many blocks, and
-        "static_same_flops" with what deciding costs spent on blocks as well. Also how many blocks
-        the images get that the full network recognises, and those that it does not.
+        most frequent policy for all; "static" is the better one of DistributeK and LateK with as
+        many blocks, and "static_same_flops" with what deciding costs spent on blocks as well. Also
+        how many blocks the images get that the full network recognises, and those that it does not.
         """
 
         def accuracy(policies: Tensor, label: str) -> float:
@@ -143,15 +143,20 @@ class TrainedModel:
         blocks = policies.count_nonzero(1).double()
         own_flops = fixed + (policies.double() @ per_block).mean().item()
         deals = [accuracy(utils.deal(policies, seed), "shuffled") for seed in range(DEALS)]
-        distributed = [
-            utils.static_policy(f"distribute:{keep}", self.config.stages)
-            for keep in range(self.config.num_blocks + 1)
-        ]
-        affordable = [
-            policy
-            for policy in distributed
-            if plain_fixed + policy.double() @ per_block <= own_flops
-        ]
+
+        def best_static(fits: Callable[[Tensor], bool]) -> dict[str, Any]:
+            """The better one of DistributeK and LateK, each with as many blocks as fit."""
+            found = []
+            for kind in ("distribute", "late"):
+                names = [f"{kind}:{keep}" for keep in range(self.config.num_blocks, -1, -1)]
+                for name in names:
+                    policy = utils.static_policy(name, self.config.stages)
+                    if fits(policy):
+                        found.append({"policy": name, **under(policy, "static")})
+                        break
+            return max(found, key=lambda row: row["accuracy"])
+
+        as_many = round(blocks.mean().item())
         full = loop.correct_under(
             self.resnet, torch.ones_like(policies), test, self.args.precision, "full"
         )
@@ -169,8 +174,10 @@ class TrainedModel:
                 "deals": deals,
             },
             "common": under(common, "common"),
-            "static": under(distributed[round(blocks.mean().item())], "static"),
-            "static_same_flops": under(affordable[-1], "static"),
+            "static": best_static(lambda policy: policy.sum() <= as_many),
+            "static_same_flops": best_static(
+                lambda policy: plain_fixed + policy.double() @ per_block <= own_flops
+            ),
             "full": {"accuracy": full.double().mean().item(), "blocks": self.config.num_blocks},
             "blocks_where_full_is_right": blocks[full].mean().item(),
             "blocks_where_full_is_wrong": blocks[~full].mean().item(),

@@ -6,7 +6,7 @@ MODEL=AIG32_C10
 BASE=${BASE:-cv/pretrained/R32_C10}
 
 for target in 0.4 0.6; do
-    stage "target$target" aig_training --pretrained "$BASE" --target $target --max_epochs 8 \
+    stage "target$target" aig_training --pretrained "$BASE" --target $target --max_epochs 6 \
         --batch_size 128 --lr 0.05 --schedule cosine
     profile "target$target" --load "$OUT/target$target"
 done

@@ -944,7 +944,8 @@ def test_a_warm_start_learns_what_is_hard():
         images[:, 0, 0, 0] = needed
         return images, torch.zeros(64, dtype=torch.long), needed
 
-    for _ in range(120):
+    for step in range(130):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 130)
         images, labels, _ = batch()
         loss, _ = cl_training.warm_step(
             net, Depth(), images, labels, Shard(0, 64, 64), candidates, args

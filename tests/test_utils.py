@@ -229,6 +229,11 @@ def test_static_policies():
     distributed = utils.static_policy("distribute:10", stages).tolist()
     assert distributed == [1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0]
     # a stage that is full passes its share on
+    late = [utils.static_policy(f"late:{keep}", stages) for keep in range(16)]
+    assert [int(policy.sum()) for policy in late] == list(range(16))
+    assert all((low <= high).all() for low, high in zip(late, late[1:], strict=False))  # nested
+    shares = [late[keep].view(3, 5).sum(1).tolist() for keep in (2, 3, 6, 10, 12)]
+    assert shares == [[0, 1, 1], [1, 1, 1], [1, 2, 3], [1, 4, 5], [2, 5, 5]]
     assert utils.static_policy("distribute:8", (1, 5, 5)).tolist() == [1] + [1, 1, 1, 1, 0] + [
         1, 1, 1, 0, 0,
     ]  # fmt: skip
