@@ -6,6 +6,7 @@ The first checkpoint is looked into; all take part in the trade-off of accuracy 
 import argparse
 import html
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from engine.trained import TrainedModel, decision_flops
 from visual import facts, figures, page
 from visual.published import PAPER
 
+MANY = 40  # classes, of which a picture does not show each in a line of its own
+
 
 def parse_args():
     parser = options.parser(__doc__)
@@ -27,7 +30,7 @@ def parse_args():
     add = parser.add_argument
     add("--load", nargs="+", required=True, help="checkpoints, or the cv_dirs that hold last.t7")
     add("--out", type=Path, default=Path("report"), help="directory of the report")
-    add("--classes", nargs="+", help="names or numbers of classes to show (default: ten of them)")
+    add("--classes", nargs="+", help="names or numbers of classes to show (default: ten)")
     add("--paths", type=options.count, default=3, help="policies shown of each class")
     add("--examples", type=options.count, default=6, help="images shown of each")
     add("--batch_size", type=options.count, default=500, help="images a step")
@@ -63,6 +66,12 @@ class Predictions:
         if self.config.gated:
             return "ConvNet-AIG"
         return "static" if self.trained.is_static else "BlockDrop"
+
+    @property
+    def superclasses(self) -> Mapping[str, Sequence[str]]:
+        """The data set's classes that are alike, by name; of most data sets there are none."""
+        known = engine.data.DATA_SETS.get(self.config.dataset)
+        return known.superclasses if known else {}
 
     @property
     def folder(self) -> Path:
@@ -128,10 +137,17 @@ class Predictions:
         return {**found, "dependence": dependence}
 
 
-def chosen_classes(args, names: list[str]) -> list[int]:
-    """The classes that --classes names, by name or number; ten of them without it."""
+def chosen_classes(args, names: list[str], predicted: Predictions) -> list[int]:
+    """The classes that --classes names, by name or number.
+
+    Without it all of ten; of more, ten from those with the fewest blocks to those with the most.
+    """
     if not args.classes:
-        return list(range(len(names)))[:: max(1, len(names) // 10)][:10]
+        _, by_class = facts.keep_rates(predicted.policies, predicted.labels, len(names))
+        shown = figures.by_blocks_kept(by_class)
+        if len(names) <= 10:
+            return sorted(shown)
+        return list(shown[np.linspace(0, len(shown) - 1, min(10, len(shown))).round().astype(int)])
     numbers = []
     for given in args.classes:
         if given in names:
@@ -209,31 +225,75 @@ def add_easy_and_hard(report: Report, predicted: Predictions, classes, names, ar
             figures.easy_hard(rows, args.examples))  # fmt: skip
 
 
-def add_statistics(report: Report, predicted: Predictions, names: list[str]) -> None:
-    policies, labels, classes = predicted.policies, predicted.labels, len(names)
-    groups = facts.blocks_by_class(policies, labels, classes)
+def add_blocks(report: Report, predicted: Predictions, names: list[str]) -> None:
+    """Blocks by class; with many classes by superclass, or of the classes at both ends."""
+    policies, labels = predicted.policies, predicted.labels
+    groups = facts.blocks_by_class(policies, labels, len(names))
+    means = np.array([g.mean() if len(g) else np.nan for g in groups])
     behind = page.table(
         ["class", "images", "blocks", "deviation", "fewest", "most"],
         [[names[i], len(g), f"{g.mean():.2f}", f"{g.std():.2f}", int(g.min()), int(g.max())]
          for i, g in enumerate(groups) if len(g)],
     )  # fmt: skip
-    report.add("blocks", "Blocks by class",
-        "Half of a class's images lie in its box, 96 % between the whiskers; the line is the "
-        "median, the dot the mean.",
-        figures.distribution(groups, names, predicted.config.num_blocks), behind)  # fmt: skip
+    title, things, more, members = "Blocks by class", "class", "", ()
+    if len(names) > MANY and predicted.superclasses:
+        of_class = facts.groups_of_classes(names, predicted.superclasses)
+        members = [means[of_class == i] for i in range(len(predicted.superclasses))]
+        groups = facts.blocks_by_class(policies, of_class[labels], len(members))
+        names, title, things = list(predicted.superclasses), "Blocks by superclass", "superclass"
+        more = " Strokes are the means of its classes."
+    elif len(names) > MANY:
+        ends = facts.extremes(means, MANY // 2)
+        groups, names = [groups[i] for i in ends], [names[i] for i in ends]
+        more = f" The {MANY // 2} classes with the fewest blocks and the {MANY // 2} with the most."
+    report.add("blocks", title,
+        f"Half of a {things}'s images lie in its box, 96 % between the whiskers; the line is the "
+        f"median, the dot the mean.{more}",
+        figures.distribution(groups, names, predicted.config.num_blocks, members),
+        behind)  # fmt: skip
 
-    overall, by_class = facts.keep_rates(policies, labels, classes)
+
+def add_keep_rates(report: Report, predicted: Predictions, names: list[str]) -> None:
+    policies, labels, stages = predicted.policies, predicted.labels, predicted.config.stages
+    overall, by_class = facts.keep_rates(policies, labels, len(names))
+    rows = [("all", overall), *zip(names, by_class, strict=True)]
+    text = "Along the network, by class."
+    if len(names) > MANY:
+        groups = list(predicted.superclasses)
+        of_class = facts.groups_of_classes(names, predicted.superclasses)
+        _, by_group = facts.keep_rates(policies, of_class[labels], len(groups))
+        rows += zip(groups, by_group, strict=True)
+        figure = figures.sorted_heat_map(overall, by_group, groups, by_class, names, stages)
+        text = "Along the network, by class, from the classes with the fewest blocks to the most."
+        text = text.replace("by class", "by superclass and by class", 1) if groups else text
+    else:
+        figure = figures.heat_map(overall, by_class, names, stages)
     behind = page.table(
         ["class", *range(len(overall))],
-        [["all", *(f"{r:.2f}" for r in overall)]]
-        + [[names[i], *(f"{r:.2f}" for r in rates)]
-           for i, rates in enumerate(by_class) if not np.isnan(rates).any()],
-    )  # fmt: skip
-    figure = figures.heat_map(overall, by_class, names, predicted.config.stages)
-    report.add(
-        "keep_rates", "How often each block is kept", "Along the network, by class.", figure, behind
+        [[name, *(f"{r:.2f}" for r in rates)] for name, rates in rows if not np.isnan(rates).any()],
     )
+    report.add("keep_rates", "How often each block is kept", text, figure, behind)
 
+
+def add_class_change(report: Report, predicted: Predictions, names: list[str]) -> None:
+    ours = facts.accuracy_by_class(predicted.correct, predicted.labels, len(names))
+    full = facts.accuracy_by_class(predicted.full_correct, predicted.labels, len(names))
+    behind = page.table(
+        ["class", "accuracy", "full ResNet"],
+        [[names[i], percent(ours[i]), percent(full[i])]
+         for i in range(len(names)) if not np.isnan(ours[i])],
+    )  # fmt: skip
+    text = "Against the same weights with every block kept; beside the name the class's accuracy."
+    if len(names) > MANY:
+        ends = facts.extremes(ours - full, MANY // 2)
+        ours, full, names = ours[ends], full[ends], [names[i] for i in ends]
+        text += f" The {MANY // 2} classes that lose most and the {MANY // 2} that gain most."
+    report.add("classes", "Which classes gain and lose", text,
+        figures.class_change(ours, full, names), behind)  # fmt: skip
+
+
+def add_policies(report: Report, predicted: Predictions) -> None:
+    policies = predicted.policies
     rows, counts, _ = facts.distinct(policies)
     covered = facts.coverage(counts)
     behind = page.table(
@@ -252,19 +312,8 @@ def add_statistics(report: Report, predicted: Predictions, names: list[str]) -> 
         [[int(n), int(c), f"{a:.1%}"] for n, c, a in zip(numbers, counts, accuracies, strict=True)],
     )  # fmt: skip
     report.add("accuracy_by_blocks", "Accuracy by blocks kept",
-        "Images that get more blocks are the harder ones. The size of a dot grows with their "
-        "number.", figures.by_blocks(numbers, counts, accuracies), behind)  # fmt: skip
-
-    ours = facts.accuracy_by_class(predicted.correct, labels, classes)
-    full = facts.accuracy_by_class(predicted.full_correct, labels, classes)
-    behind = page.table(
-        ["class", "accuracy", "full ResNet"],
-        [[names[i], percent(ours[i]), percent(full[i])]
-         for i in range(classes) if not np.isnan(ours[i])],
-    )  # fmt: skip
-    report.add("classes", "Which classes gain and lose",
-        "Against the same weights with every block kept; beside the name the class's accuracy.",
-        figures.class_change(ours, full, names), behind)  # fmt: skip
+        "It falls where the harder images get more blocks. The size of a dot grows with the number "
+        "of images.", figures.by_blocks(numbers, counts, accuracies), behind)  # fmt: skip
 
 
 def published(predicted: Predictions) -> list[tuple[str, float, float]]:
@@ -375,12 +424,15 @@ def main() -> None:
     all_predicted = [Predictions(path, args) for path in args.load]
     predicted = all_predicted[0]
     names = predicted.test.class_names
-    classes = chosen_classes(args, names)
+    classes = chosen_classes(args, names, predicted)
 
     report = Report(args.out)
     add_paths(report, predicted, classes, names, args)
     add_easy_and_hard(report, predicted, classes, names, args)
-    add_statistics(report, predicted, names)
+    add_blocks(report, predicted, names)
+    add_keep_rates(report, predicted, names)
+    add_policies(report, predicted)
+    add_class_change(report, predicted, names)
     add_dependence(report, predicted)
     add_trade_off(report, all_predicted, args)
     add_curves(report, predicted)

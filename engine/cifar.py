@@ -44,6 +44,31 @@ CLASS_NAMES = {
     """.split(),
 }
 
+SUPERCLASSES = {  # Krizhevsky 2009, some names shortened: five classes each
+    "CIFAR100": {
+        "aquatic mammals": "beaver dolphin otter seal whale".split(),
+        "fish": "aquarium_fish flatfish ray shark trout".split(),
+        "flowers": "orchid poppy rose sunflower tulip".split(),
+        "food containers": "bottle bowl can cup plate".split(),
+        "fruit and vegetables": "apple mushroom orange pear sweet_pepper".split(),
+        "electrical devices": "clock keyboard lamp telephone television".split(),
+        "furniture": "bed chair couch table wardrobe".split(),
+        "insects": "bee beetle butterfly caterpillar cockroach".split(),
+        "large carnivores": "bear leopard lion tiger wolf".split(),
+        "outdoor things": "bridge castle house road skyscraper".split(),
+        "outdoor scenes": "cloud forest mountain plain sea".split(),
+        "large herbivores": "camel cattle chimpanzee elephant kangaroo".split(),
+        "medium mammals": "fox porcupine possum raccoon skunk".split(),
+        "invertebrates": "crab lobster snail spider worm".split(),
+        "people": "baby boy girl man woman".split(),
+        "reptiles": "crocodile dinosaur lizard snake turtle".split(),
+        "small mammals": "hamster mouse rabbit shrew squirrel".split(),
+        "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree".split(),
+        "vehicles 1": "bicycle bus motorcycle pickup_truck train".split(),
+        "vehicles 2": "lawn_mower rocket streetcar tank tractor".split(),
+    }
+}
+
 
 @dataclass(frozen=True)
 class Source:

@@ -26,15 +26,18 @@ class DataSet(NamedTuple):
     """Small images that are held in memory.
 
     read(data_dir, check) gives train_images, test_images (N, H, W, 3) and train_labels, test_labels
-    (N,), all uint8; with `check` it makes sure that they are the published ones.
+    (N,), all uint8; with `check` it makes sure that they are the published ones. `superclasses`
+    are of classes that are alike, by name.
     """
 
     read: Callable[[str, bool], Mapping[str, Tensor]]
     classes: Sequence[str]
+    superclasses: Mapping[str, Sequence[str]] = {}
 
 
 DATA_SETS = {
-    name: DataSet(partial(cifar.load, name), classes) for name, classes in cifar.CLASS_NAMES.items()
+    name: DataSet(partial(cifar.load, name), classes, cifar.SUPERCLASSES.get(name, {}))
+    for name, classes in cifar.CLASS_NAMES.items()
 }
 
 

@@ -1,6 +1,7 @@
 """What the pictures show, against plain loops, and whole reports of odd checkpoints."""
 
 import json
+import pickle
 import re
 from collections import Counter
 
@@ -11,7 +12,8 @@ from conftest import TINY
 
 import models
 from engine import checkpoint
-from visual import facts, page
+from engine.data import DATA_SETS
+from visual import facts, figures, page
 
 
 @pytest.fixture
@@ -78,6 +80,43 @@ def test_rates_and_accuracies_by_class_and_blocks(seen):
     assert facts.coverage(np.array([5, 3, 2])).tolist() == pytest.approx([0.5, 0.8, 1.0])
 
 
+def test_extremes_leave_out_what_is_unknown():
+    values = np.array([0.5, np.nan, 0.1, 0.9, 0.3, 0.7])
+    assert facts.extremes(values, 2).tolist() == [2, 4, 5, 3]
+    assert facts.extremes(values, 3).tolist() == [2, 4, 0, 5, 3]
+
+
+def test_superclasses_are_the_data_sets_own():
+    """Against the coarse labels of the published files, by number of the fine label."""
+    coarse = """4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12
+        14 16 9 11 5 5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2
+        10 0 1 16 12 9 13 15 13 16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13"""
+    data_set = DATA_SETS["CIFAR100"]
+    found = facts.groups_of_classes(data_set.classes, data_set.superclasses)
+    assert found.tolist() == [int(number) for number in coarse.split()]
+    assert facts.groups_of_classes(["a", "b"], {"x": ["b"]}).tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize("classes", [100, 1000])
+def test_keep_rates_of_many_classes_are_sorted_by_their_blocks(classes):
+    rates = np.random.default_rng(0).random((classes, 4))
+    rates[7] = np.nan  # a class without images
+    names = [f"class {i}" for i in range(classes)]
+    groups, by_group = (["x", "y"], rates[:2]) if classes == 100 else ([], rates[:0])
+    figure = figures.sorted_heat_map(rates[0], by_group, groups, rates, names, (2, 2))
+    expected = sorted((i for i in range(classes) if i != 7), key=lambda i: rates[i].sum())
+    top, bottom = figure.axes[:2]
+    assert np.array_equal(bottom.images[0].get_array(), rates[expected])
+    blocks = top.images[0].get_array().sum(1)[1:]
+    assert len(blocks) == len(groups) and list(blocks) == sorted(blocks)
+    shown = [text for ax in figure.axes[1:3] for text in ax.get_yticklabels()]
+    by_row = {text.get_position()[1]: text.get_text() for text in shown}
+    in_order = [names[i] for i in expected]
+    assert [by_row[row] for row in sorted(by_row)] == (in_order if classes == 100 else [])
+    assert figure.get_figheight() < 20
+    figures.plt.close(figure)
+
+
 def test_training_curves(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [{"epoch": 1, "train_accuracy": 0.5, "test_rates": [1]}, {"epoch": 2, "x": 3}]
@@ -109,6 +148,32 @@ def stage_2(path, bias, base_file):
     content = {"agent": policy_net.state_dict(), "model": TINY, "stage": 2, "epoch": 1}
     checkpoint.write(content | {"resnet": checkpoint.read(base_file)["state_dict"]}, path)
     return path
+
+
+def test_a_report_of_many_classes_groups_them(run, tmp_path):
+    """Two images a class of CIFAR-100, under a policy network as it is initialised."""
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        pixels = rng.integers(0, 256, (200, 3072), dtype=np.uint8)
+        batch = {"data": pixels, "fine_labels": [i // 2 for i in range(200)]}
+        (folder / split).write_bytes(pickle.dumps(batch, protocol=2))
+    torch.manual_seed(0)
+    resnet, policy_net = models.build("R8_C100")
+    content = {"agent": policy_net.state_dict(), "model": "R8_C100", "stage": 2, "epoch": 1}
+    path = tmp_path / "ckpt.t7"
+    checkpoint.write(content | {"resnet": resnet.state_dict()}, path)
+    out = tmp_path / "report"
+    options = ["--data_dir", tmp_path, "--skip_data_check", "--load", path, "--out", out]
+    status, _, err = run("visualize", *options)
+    assert status == 0, err
+    text = (out / "report.html").read_text()
+    assert "Blocks by superclass" in text and "20 classes that lose most" in text
+    for name in ("fruit and vegetables", "sweet_pepper"):
+        assert f"<td>{name}</td>" in text  # the figures behind have every row
+    tall = [p.name for p in out.glob("*.png") if figures.plt.imread(p).shape[0] > 20 * 160]
+    assert not tall
 
 
 @pytest.mark.parametrize("bias", [50.0, -50.0])

@@ -5,6 +5,7 @@ correct: (N,) bool. All are NumPy arrays.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,18 @@ def blocks_by_class(policies: ndarray, labels: ndarray, num_classes: int) -> lis
     """Blocks kept by each image, a list of (N_c,) arrays."""
     blocks = policies.sum(1)
     return [blocks[labels == label] for label in range(num_classes)]
+
+
+def groups_of_classes(names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> ndarray:
+    """The number of each class's group, (C,); -1 for a class of none."""
+    numbers = {name: number for number, of in enumerate(groups.values()) for name in of}
+    return np.array([numbers.get(name, -1) for name in names])
+
+
+def extremes(values: ndarray, number: int) -> ndarray:
+    """Indices of the `number` smallest and the `number` largest values, rising; NaN left out."""
+    order = np.argsort(values, kind="stable")[: np.count_nonzero(~np.isnan(values))]
+    return order if len(order) <= 2 * number else np.r_[order[:number], order[-number:]]
 
 
 def coverage(counts: ndarray) -> ndarray:

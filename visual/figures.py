@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
 from matplotlib.transforms import Bbox  # noqa: E402
 from numpy import ndarray  # noqa: E402
 
@@ -95,8 +95,14 @@ def easy_hard(rows, examples: int) -> Figure:
     return figure
 
 
-def distribution(groups: Sequence[ndarray], names: Sequence[str], num_blocks: int) -> Figure:
-    """Blocks kept, by class: quartiles as a box, the mean as a dot, 2 to 98 % as whiskers."""
+def distribution(
+    groups: Sequence[ndarray], names: Sequence[str], num_blocks: int, members=()
+) -> Figure:
+    """Blocks kept, by class: quartiles as a box, the mean as a dot, 2 to 98 % as whiskers.
+
+    members: of each group, where the groups are superclasses, the means of its classes; small
+    strokes.
+    """
     order = sorted((i for i in range(len(names)) if len(groups[i])), key=lambda i: groups[i].mean())
     figure, ax = plt.subplots(figsize=(6.5, 0.3 * len(order) + 1.1))
     boxes = ax.boxplot(
@@ -108,10 +114,17 @@ def distribution(groups: Sequence[ndarray], names: Sequence[str], num_blocks: in
     )  # fmt: skip
     for box in boxes["boxes"]:
         box.set(facecolor="#cfe2f0", edgecolor=BLUE)
+    for row, i in enumerate(order, 1):
+        if len(members):
+            ax.plot(members[i], np.full(len(members[i]), row), "|", color=ORANGE, markersize=9)
     ax.set_yticks(range(1, len(order) + 1), [names[i] for i in order])
+    ax.invert_yaxis()  # from the fewest blocks down to the most, as in the heat maps
     ax.set(xlabel="blocks kept", xlim=(-0.5, num_blocks + 0.5))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+RATES = {"cmap": "cividis", "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "none"}
 
 
 def heat_map(overall: ndarray, by_class: ndarray, names: Sequence[str], stages) -> Figure:
@@ -119,7 +132,7 @@ def heat_map(overall: ndarray, by_class: ndarray, names: Sequence[str], stages) 
     classes = [i for i in range(len(names)) if not np.isnan(by_class[i]).any()]
     values = np.vstack([overall[None], by_class[classes]])
     figure, ax = plt.subplots(figsize=(10, 0.26 * len(values) + 1.2))
-    image = ax.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    image = ax.imshow(values, **RATES)
     ax.set_yticks(range(len(values)), ["all", *(names[i] for i in classes)])
     ax.axhline(0.5, color="white", linewidth=3)
     stage_lines(ax, stages)
@@ -127,6 +140,47 @@ def heat_map(overall: ndarray, by_class: ndarray, names: Sequence[str], stages) 
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=ax, label="images that keep it", format="{x:.0%}", pad=0.01)
     return figure
+
+
+def sorted_heat_map(
+    overall: ndarray,
+    by_group: ndarray,
+    groups: Sequence[str],
+    by_class: ndarray,
+    names: Sequence[str],
+    stages: Sequence[int],
+) -> Figure:
+    """As heat_map where there are many classes: superclasses, of which there may be none, above
+    all classes, both from the fewest blocks to the most.
+    """
+    above, below = by_blocks_kept(by_group), by_blocks_kept(by_class)
+    heights = [0.26 * (1 + len(above)), min(0.085 * len(below), 9)]
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(10, sum(heights) + 1.8), height_ratios=heights, sharex=True
+    )
+    image = top.imshow(np.vstack([overall[None], by_group[above]]), **RATES)
+    top.set_yticks(range(1 + len(above)), ["all", *(groups[i] for i in above)])
+    top.axhline(0.5, color="white", linewidth=3)
+    bottom.imshow(by_class[below], **RATES)
+    bottom.set_yticks([])
+    bottom.set(xlabel="block", ylabel="" if len(below) <= 120 else f"{len(below)} classes")
+    if len(below) <= 120:  # names fit, every other one on the right
+        for ax, first in ((bottom, 0), (bottom.twinx(), 1)):
+            rows = range(first, len(below), 2)
+            ax.set_yticks(rows, [names[below[row]] for row in rows], fontsize=8)
+            ax.set_ylim(len(below) - 0.5, -0.5)
+    for ax in (top, bottom):
+        stage_lines(ax, stages, label=ax is top)
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=[top, bottom], location="top", shrink=0.5, aspect=40, pad=0.01,
+                    anchor=(0, 0.5), label="images that keep it", format="{x:.0%}")  # fmt: skip
+    return figure
+
+
+def by_blocks_kept(rates: ndarray) -> ndarray:
+    """Rows of keep rates (C, K) from the fewest blocks to the most; those of NaN left out."""
+    blocks = rates.sum(1)
+    return np.argsort(blocks, kind="stable")[: np.count_nonzero(~np.isnan(blocks))]
 
 
 def policies(counts: ndarray, covered: ndarray) -> Figure:
@@ -159,7 +213,7 @@ def by_blocks(numbers: ndarray, counts: ndarray, accuracies: ndarray) -> Figure:
 
 
 def class_change(ours: ndarray, full: ndarray, names: Sequence[str]) -> Figure:
-    """What each class gains or loses against the full ResNet, in points of accuracy."""
+    """What classes gain or lose against the full ResNet, in points of accuracy."""
     known = [i for i in range(len(names)) if not np.isnan(ours[i])]
     order = sorted(known, key=lambda i: ours[i] - full[i])
     change = [100 * (ours[i] - full[i]) for i in order]
@@ -215,7 +269,7 @@ def trade_off(points, unit: str, curves=()) -> Figure:
     ax.set(xlabel=unit, ylabel="accuracy")
     ax.margins(0.12)
     ax.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # no 90.25 %, to be rounded
-    ax.yaxis.set_major_formatter("{x:.1%}")
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.grid(alpha=0.3)
     columns = 3 if curves else len(MARKERS)
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)

@@ -16,9 +16,9 @@ p { margin: .4rem 0 .8rem; max-width: 44rem; }
 .soft { color: var(--soft); }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0; }
 .scroll { overflow-x: auto; }
-img { display: block; max-width: 100%; height: auto; }
-.wide img { width: 100%; }
-@media (max-width: 40rem) { .wide img { max-width: none; width: 40rem; } }
+img { display: block; max-width: min(100%, 44rem); height: auto; }
+.wide img { width: 100%; max-width: 100%; }
+@media (max-width: 40rem) { .wide img { max-width: none; width: 52rem; } }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
