@@ -84,7 +84,7 @@ def train_step(net, images: Tensor, labels: Tensor, shard: Shard, targets: Tenso
     logits, executed = net(images)
     losses = F.cross_entropy(logits, labels, reduction="none")
     # over all ranks; a micro-batch keeps to its own rates
-    share = torch.tensor(shard.share, device=images.device)
+    share = torch.full((), shard.share, device=images.device)
     rates = ranks.total(share * executed.mean(0)) / ranks.total(share)
     loss = losses.mean() + args.loss_factor * utils.target_rate_loss(rates, targets)
     return shard.share * loss, {

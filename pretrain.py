@@ -59,14 +59,16 @@ def drop_blocks(noise: Tensor, last: float) -> Tensor:
     return (noise >= drop).float()
 
 
-def full_and_route(shard: Shard, stages: Sequence[int], flip: float, device) -> Tensor:
+def full_and_route(
+    shard: Shard, stages: Sequence[int], flip: float, device: torch.device
+) -> Tensor:
     """Policies (2, n, K): every block, and one random route for the whole batch.
 
     One route costs no gathering of images. Both go through the network together, so BatchNorm
     normalises every route by the statistics that it will have in an evaluation.
     """
-    noise = shard.common_noise(len(stages) + 1 + sum(stages), device=device)
-    route = utils.random_route(noise, stages, flip)
+    noise = shard.common_noise(len(stages) + 1 + sum(stages))
+    route = engine.device.send(utils.random_route(noise, stages, flip), device)
     policies = torch.stack([torch.ones_like(route), route])
     return policies[:, None].expand(-1, shard.stop - shard.start, -1)
 

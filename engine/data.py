@@ -15,7 +15,7 @@ import models
 from models import Config
 
 from . import checkpoint, cifar, pictures, ranks
-from .device import derived_seed, free_memory
+from .device import derived_seed, free_memory, send
 from .process import UserError
 from .shard import AUGMENTATION, STEP, Shard, shards
 
@@ -111,7 +111,7 @@ class TensorLoader:
         order = torch.randperm(n, generator=generator)
         corners = torch.randint(2 * PADDING + 1, (n, 2), generator=generator)
         flips = torch.rand(n, generator=generator) < 0.5
-        return order.to(device), corners.to(device), flips.to(device)
+        return send(order, device), send(corners, device), send(flips, device)
 
     def _pixels(self, rows: Tensor, corners: Tensor, flips: Tensor) -> Tensor:
         """Crop, flip and normalise in one gather: (B, 3, H, W) seen through NHWC memory."""

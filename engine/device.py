@@ -1,6 +1,7 @@
 """Devices, arithmetic and random numbers."""
 
 import ctypes
+import os
 import platform
 import random
 import sys
@@ -10,7 +11,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import capabilities
 
@@ -38,25 +39,34 @@ def pick(wanted: str | None = None) -> torch.device:
 
 
 def tell_if_slow(device: torch.device, precision: str) -> None:
-    """Say that bfloat16 will be slow where the processor has no instructions for it."""
-    if device.type == "cpu" and precision == "bf16" and not capabilities.bf16_onednn():
-        text = "--precision bf16 works, but this processor has no bfloat16: fp32 is faster"
+    """Say that bfloat16 will be slow where the hardware has no instructions for it."""
+    has = capabilities.bf16_onednn if device.type == "cpu" else capabilities.bf16_gpu
+    if precision == "bf16" and not has():
+        what = "processor" if device.type == "cpu" else "GPU"
+        text = f"--precision bf16 works, but this {what} has no bfloat16: fp32 is faster"
         print(text, file=sys.stderr)
 
 
-def set_up(precision: str) -> None:
-    """Make a GPU compute as --precision says, and not as the process happens to have been told."""
+def set_up(precision: str, deterministic: bool = False) -> None:
+    """Make a GPU compute as --precision and --deterministic say, and not as the process happens to
+    have been told.
+    """
     # not the newer `fp32_precision`: torch.compile asks for these, and fails in 2.15 under those
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     # Every block meets a batch of another size. A search for the fastest algorithm would begin anew
     # at each new size and its results would pile up; cuDNN's own choice costs nothing.
     torch.backends.cudnn.benchmark = False
+    if deterministic:  # read when cuBLAS starts; without it torch refuses to multiply matrices
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any
 
 
 def fast_precision() -> str:
     """The faster --precision of this machine: bf16 where the hardware multiplies it."""
-    return "bf16" if capabilities.gpu() or capabilities.bf16_onednn() else "fp32"
+    has = capabilities.bf16_gpu if capabilities.gpu() else capabilities.bf16_onednn
+    return "bf16" if has() else "fp32"
 
 
 def keep_freed_memory() -> None:
@@ -82,6 +92,21 @@ def dtype(precision: str) -> torch.dtype:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Context in which convolutions and linear layers run in the chosen precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def wants_pinned(device: torch.device | None) -> bool:
+    """Whether what goes there from the host should lie in pinned memory: a GPU then fetches it
+    while the host goes on, where it would be waited for otherwise.
+    """
+    return device is not None and device.type == "cuda"
+
+
+def send(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """A tensor of the host on a device, by way of pinned memory to a GPU; None leaves it here."""
+    if device is None:
+        return tensor
+    tensor = tensor.pin_memory() if wants_pinned(device) else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 def free_memory(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import ranks
 from .data import Loader
-from .device import autocast, derived_seed
+from .device import autocast, derived_seed, send
 from .process import UserError
 from .shard import Shard
 
@@ -24,6 +24,7 @@ TrainStep = Callable[[Tensor, Tensor, Shard], tuple[Tensor, Mapping[str, Tensor]
 TestStep = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
+SECONDS_BETWEEN_LOOKS = 1.0  # at the figures in the bar
 SHOWN = {"correct": "acc", "reward": "reward", "policy": "blocks", "loss": "loss"}
 
 
@@ -47,6 +48,7 @@ class Results:
         self.known = {n: t if ranks.is_main() else t[:0] for n, t in (results or {}).items()}
         self.results: dict[str, list[Tensor]] = {}
         self.seconds = 0.0
+        self.next_look = 0.0
         quiet = None if ranks.is_main() else True
         self.bar = tqdm(
             total=-(-loader.num_images // ranks.world()), desc=label, unit="img", disable=quiet,
@@ -67,9 +69,18 @@ class Results:
                 value = value.round().to(torch.uint8)
             self.results.setdefault(name, []).append(value)
         if not self.bar.disable:
-            self.bar.set_postfix({SHOWN[n]: f"{mean(n, v):.3f}" for n, v in self.results.items()
-                                  if n in SHOWN})  # fmt: skip
+            self._show()
             self.bar.update(len(value))
+
+    def _show(self) -> None:
+        """Put the running means into the bar, but not at every step: a GPU is waited for."""
+        names = [name for name in self.results if name in SHOWN]
+        if not names or time.monotonic() < self.next_look:
+            return
+        means = torch.stack([mean(name, self.results[name]) for name in names]).tolist()
+        shown = {SHOWN[name]: f"{value:.3f}" for name, value in zip(names, means, strict=True)}
+        self.bar.set_postfix(shown, refresh=False)
+        self.next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
 
     def __getitem__(self, name: str) -> Tensor:
         """All images' results of one name, once there is no more to add; every rank has to ask."""
@@ -87,7 +98,8 @@ class Results:
         """All images' results by name, on the CPU, those of all ranks in the loader's order."""
         own = {name: [tensor] for name, tensor in self.known.items()}
         for name, tensors in self.results.items():
-            own.setdefault(name, []).extend(tensor.cpu() for tensor in tensors)
+            together = torch.cat(tensors).cpu()  # one wait for a GPU, not one a batch
+            own.setdefault(name, []).extend(together.split([len(t) for t in tensors]))
         if ranks.world() == 1:
             return {name: torch.cat(tensors) for name, tensors in own.items()}
         everyones = ranks.gather(own)
@@ -101,10 +113,10 @@ class Results:
         }  # fmt: skip
 
 
-def mean(name: str, batches: list[Tensor]) -> float:
+def mean(name: str, batches: list[Tensor]) -> Tensor:
     """What the bar shows: the mean over the last batches, blocks counted a policy at a time."""
     recent = torch.cat(batches[-20:]).float()
-    return (recent.sum(1) if name == "policy" else recent).mean().item()
+    return (recent.sum(1) if name == "policy" else recent).mean()
 
 
 def train_epoch(
@@ -145,7 +157,7 @@ def train_epoch(
             total += loss.detach()
             outcome.add(**results)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not torch.isfinite(total + norm):
+        if not torch.isfinite(total + norm):  # the one wait for a GPU of an optimizer step
             figures = {name: value.float().mean().item() for name, value in results.items()}
             raise UserError(
                 f"the loss is {total.item():.4g} and its gradient's norm {norm.item():.4g} in "
@@ -186,7 +198,7 @@ def correct_under(
     with torch.no_grad():
         for images, labels, shard in outcome:
             first = shard.step * loader.batch_size
-            policy = policies[first + shard.start : first + shard.stop].to(images.device)
+            policy = send(policies[first + shard.start : first + shard.stop], images.device)
             with autocast(images.device, precision):
                 outcome.add(correct=resnet(images, policy).argmax(1) == labels)
     return outcome["correct"]
@@ -225,12 +237,12 @@ def recalibrate(
         network.eval()
         for norm, momentum, _ in before:
             norm.momentum = momentum
-    for norm, _, buffers in before:
-        batches = ranks.total(norm.num_batches_tracked.double())
+    seen = ranks.total(torch.stack([norm.num_batches_tracked for norm in norms]).double())
+    for (norm, _, buffers), batches in zip(before, seen.tolist(), strict=True):
         if batches == 0:
             restore(norm, buffers)
         elif ranks.world() > 1:
-            share = norm.num_batches_tracked / batches
+            share = norm.num_batches_tracked.double() / batches
             norm.running_mean.copy_(ranks.total(norm.running_mean * share))
             norm.running_var.copy_(ranks.total(norm.running_var * share))
 

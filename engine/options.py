@@ -146,6 +146,11 @@ def add_training(options: Parser, lr: float, wd: float, max_epochs: int) -> None
     add("--max_epochs", type=count, default=max_epochs, help="epochs in all, resumed ones included")
     add("--parallel", action="store_true", help="use all GPUs of this machine, as torchrun would")
     add("--sync_bn", action="store_true", help="BatchNorm over the images of all GPUs")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="have a GPU compute the same bits each time, as a CPU does, which costs time",
+    )
     add("--micro_batch", type=count, help="images at a time on each device, to save memory")
     add("--resume", action="store_true", help="go on with the run in --cv_dir if there is one")
     add("--save_minutes", type=positive, default=10, help="write last.t7 that often in an epoch")

@@ -11,8 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
+FULL_MEMORY = (
+    "the GPU's memory is full: train on fewer images at a time with --micro_batch N, or take a "
+    "smaller --batch_size"
+)
 SECONDS_TO_STOP = 8  # clusters kill some time after SIGTERM, often half a minute
 
 _requested = False
@@ -117,6 +122,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         status = fail(error, str(error), 2)
+    except torch.OutOfMemoryError as error:
+        status = fail(error, f"{FULL_MEMORY} ({str(error).partition('. ')[0]})", 2)
     except KeyboardInterrupt as error:
         status = fail(error, "interrupted", 130)
     except Stopped as error:

@@ -15,7 +15,8 @@ from models import capabilities
 
 from .process import UserError
 
-# the same processes under gloo, for waits that NCCL would end after ten minutes
+# The same processes under gloo: for waits that NCCL would end after ten minutes, and for what is on
+# the host, which would go to the GPU and back and wait for all that it has to do.
 _patient: dist.ProcessGroup | None = None
 
 
@@ -32,7 +33,7 @@ def start(parallel: bool = False, device: str | None = None) -> None:
     if "RANK" in os.environ:
         if not dist.is_initialized():
             if on_gpus:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                pick_own_gpu()
             dist.init_process_group("nccl" if on_gpus else "gloo")
             _patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     elif parallel and on_gpus and torch.cuda.device_count() > 1:
@@ -40,6 +41,21 @@ def start(parallel: bool = False, device: str | None = None) -> None:
         processes = f"--nproc_per_node={torch.cuda.device_count()}"
         sys.stdout.flush()
         os.execv(sys.executable, [*torchrun, processes, *sys.argv])
+
+
+def pick_own_gpu() -> None:
+    """A GPU for each process of this machine: NCCL refuses two on one, and they would gain nothing.
+
+    Raises UserError where there are fewer.
+    """
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= gpus:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", f"at least {local + 1}")
+        raise UserError(
+            f"{processes} processes want a GPU each and there are {gpus}: take torchrun "
+            f"--nproc_per_node={gpus}, or --device cpu"
+        )
+    torch.cuda.set_device(local)
 
 
 def rank() -> int:
@@ -78,16 +94,16 @@ def gather(value: object) -> list:
     if world() == 1:
         return [value]
     values = [None] * world()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient)
     return values
 
 
-def largest(value: int, device: torch.device) -> int:
+def largest(value: int) -> int:
     """The largest of all ranks' values, on every rank."""
     if world() == 1:
         return value
-    tensor = torch.tensor(value, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_patient)
     return int(tensor)
 
 

@@ -45,7 +45,7 @@ FREE_OPTIONS = {
     *("load", "cv_dir", "data_dir", "base", "pretrained", "teacher", "policy_init"),
     *("policy", "policy_size"),  # come from the checkpoint if they are not given
     *("max_epochs", "test_every", "save_minutes", "resume", "skip_data_check"),
-    *("device", "parallel", "workers", "micro_batch", "precision"),
+    *("device", "parallel", "workers", "micro_batch", "precision", "deterministic"),
 }
 
 
@@ -63,7 +63,7 @@ class Run:
         self.args, self.stage, self.config = args, stage, config
         ranks.start(args.parallel, args.device)
         self.device = device.pick(args.device)
-        device.set_up(args.precision)
+        device.set_up(args.precision, args.deterministic)
         if ranks.is_main():
             device.tell_if_slow(self.device, args.precision)
         self.done, self.steps_done = 0, 0
@@ -283,7 +283,7 @@ class Run:
     def _between_steps(self, results: loop.Results, steps_done: int) -> None:
         """Write last.t7 every so many minutes, and before a stop that was asked for."""
         due = time.monotonic() - self.saved > 60 * self.args.save_minutes
-        wish = ranks.largest(int(due or process.requested()), self.device)
+        wish = ranks.largest(int(due or process.requested()))
         if wish and steps_done < len(results.loader):
             ranks.share_buffers(self.wrapped)
             self.steps_done, self.partial = steps_done, results.gather()
@@ -292,7 +292,7 @@ class Run:
 
     def _stop_if_asked(self) -> None:
         """Stop all ranks where one was asked to."""
-        if ranks.largest(int(process.requested()), self.device):
+        if ranks.largest(int(process.requested())):
             raise process.Stopped
 
     def evaluate(self, step: loop.TestStep, loader: Loader) -> loop.Results:

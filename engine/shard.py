@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ranks
-from .device import derived_seed
+from .device import derived_seed, send, wants_pinned
 
 AUGMENTATION, STEP = 1, 2  # whose random numbers are drawn from (seed, epoch)
 
@@ -39,12 +39,16 @@ class Shard:
 
     def noise(self, *sizes: int, device: torch.device | None = None) -> Tensor:
         """Uniform numbers in [0, 1), (images, *sizes), float32; anew at each call."""
-        whole = torch.rand(self.total, *sizes, generator=self._generator)
-        return whole[self.start : self.stop].to(device)
+        # the same bits in pinned memory, which spares `send` a copy
+        pinned = wants_pinned(device)
+        whole = torch.rand(self.total, *sizes, generator=self._generator, pin_memory=pinned)
+        return send(whole[self.start : self.stop], device)
 
-    def common_noise(self, *sizes: int, device: torch.device | None = None) -> Tensor:
-        """Uniform numbers in [0, 1), (*sizes), float32, the same for all images of the batch."""
-        return torch.rand(*sizes, generator=self._generator).to(device)
+    def common_noise(self, *sizes: int) -> Tensor:
+        """Uniform numbers in [0, 1), (*sizes), float32, the same for all images of the batch, on
+        the host: what they decide is decided there, and one result is sent.
+        """
+        return torch.rand(*sizes, generator=self._generator)
 
     def split(self, pieces: int) -> Iterator[tuple[slice, "Shard"]]:
         """Micro-batches of even sizes: rows of this part, and what part they are."""

@@ -95,7 +95,11 @@ class GatedResNet(nn.Module):
                 executed.append(x.new_ones(len(x), dtype=torch.float32))
                 continue
             gate = self.decide(self.gates[k](x))
-            x = (dense if self.training else sparse)(branch, shortcut, x, gate)
+            if self.training:
+                x = dense(branch, shortcut, x, gate)
+            else:
+                rows = execution.open_rows(gate, self.resnet.multiple())
+                x = sparse(branch, shortcut, x, rows)
             executed.append(gate)
         return self.resnet.head(x), torch.stack(executed, 1)
 
@@ -112,9 +116,8 @@ def dense(branch: nn.Module, shortcut: nn.Module, x: Tensor, gate: Tensor) -> Te
     return F.relu(gated + shortcut(x))
 
 
-def sparse(branch: nn.Module, shortcut: nn.Module, x: Tensor, gate: Tensor) -> Tensor:
+def sparse(branch: nn.Module, shortcut: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
     """The same, computed for the images whose gate is open; for evaluation."""
-    (rows,) = gate.nonzero(as_tuple=True)
     x = execution.sparse_block(branch, shortcut, x, rows)
     # a closed gate in front of a projection leaves shortcut(x), which may be negative
     return x if isinstance(shortcut, nn.Identity) else F.relu(x)

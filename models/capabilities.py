@@ -13,6 +13,11 @@ def gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def bf16_gpu() -> bool:
+    """Whether the GPU multiplies bfloat16, as those since Ampere do; older ones emulate it."""
+    return gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def onednn() -> bool:
     """Whether the build has oneDNN's fused convolutions; macOS and some aarch64 builds do not."""
     names = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")

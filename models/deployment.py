@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from . import capabilities
+from . import capabilities, execution
 from .aig import CLOSED, OPEN, Gate, GatedResNet
-from .execution import as_images, as_rows, kept_rows, shared_prefix
+from .execution import as_images, as_rows
 from .policy import PolicyAtPenalty, PolicyNet, choose
 from .resnet import BasicBlock, Bottleneck, PoolAndPad, ResNet
 
@@ -54,9 +54,10 @@ class Conv:
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype):
         conv, norm = deepcopy(conv).eval(), deepcopy(norm).eval()
-        folded = fuse_conv_bn_eval(conv, norm).to(dtype)
-        self.weight = folded.weight.detach().contiguous(memory_format=torch.channels_last)
-        self.bias = folded.bias.detach()
+        folded = fuse_conv_bn_eval(conv, norm)
+        weight = folded.weight.detach().to(dtype)
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = folded.bias.detach().to(dtype)
         self.geometry = (list(conv.padding), list(conv.stride), [1, 1], 1)
         self.onednn = conv.weight.device.type == "cpu" and capabilities.fused_convolutions(dtype)
         self.packed: dict[tuple[int, ...], Tensor] = {}
@@ -200,6 +201,7 @@ class DeployedResNet(nn.Module):
         known = ("conv1", "bn1", "stem_pool", "blocks", "ds", "fc")
         refuse_unknown(resnet, known, f"a {type(resnet).__name__}")
         self.num_blocks, self.dtype = resnet.num_blocks, dtype
+        self.row_multiple = resnet.row_multiple
         self.wide = torch.promote_types(dtype, torch.float32)  # of pooling and everything after
         self.conv1 = Conv(resnet.conv1, resnet.bn1, dtype)
         self.pool = resnet.stem_pool
@@ -219,20 +221,24 @@ class DeployedResNet(nn.Module):
 
     def chunk(self, x: Tensor, policy: Tensor) -> Tensor:
         x = self.stem(x)
-        start = 0
+        start, counts = 0, execution.kept_counts(policy)
         if policy.ndim == 3:
-            start = shared_prefix(policy)
+            start = execution.shared_prefix(counts, policy[..., 0].numel())
             for block in self.blocks[:start]:
                 x = block.full(x)
             x = torch.cat([x] * len(policy))
-        rest, blocks = policy[..., start:].flatten(0, -2), self.blocks[start:]
-        x = self.alone(x, rest[0], blocks) if len(x) == 1 else self.together(x, rest, blocks)
+        if len(x) == 1:
+            x = self.alone(x, counts[start:], self.blocks[start:])
+        else:
+            rest = policy[..., start:].flatten(0, -2)
+            rows = execution.kept_rows(rest, counts[start:], self.row_multiple)
+            x = self.together(x, rows, self.blocks[start:])
         return self.head(x).unflatten(0, policy.shape[:-1])
 
     @staticmethod
-    def alone(x: Tensor, policy: Tensor, blocks: list[Block]) -> Tensor:
-        """Blocks on a single image, whose rows need no gathering; policy (K,)."""
-        for block, keep in zip(blocks, policy.tolist(), strict=True):
+    def alone(x: Tensor, kept: list[int], blocks: list[Block]) -> Tensor:
+        """Blocks on a single image, whose rows need no gathering; kept: 0 or 1 a block."""
+        for block, keep in zip(blocks, kept, strict=True):
             if keep:
                 x = block.full(x)
             elif not block.is_identity:
@@ -240,10 +246,10 @@ class DeployedResNet(nn.Module):
         return x
 
     @staticmethod
-    def together(x: Tensor, policy: Tensor, blocks: list[Block]) -> Tensor:
-        """Blocks on a batch; policy (B, K)."""
+    def together(x: Tensor, kept: list[Tensor], blocks: list[Block]) -> Tensor:
+        """Blocks on a batch; kept: the rows of each block."""
         batch = Batch(x)
-        for block, rows in zip(blocks, kept_rows(policy), strict=True):
+        for block, rows in zip(blocks, kept, strict=True):
             batch = block.sparse(batch, rows)
         return batch.images
 
@@ -351,6 +357,7 @@ class DeployedGatedResNet(nn.Module):
                 run = block.full if keep else partial(block.passed, rectify=True)
                 batch = Batch(run(batch.images))
             else:
-                batch = block.sparse(batch, keep.nonzero()[:, 0], rectify=True)
+                rows = execution.open_rows(keep, self.resnet.row_multiple)
+                batch = block.sparse(batch, rows, rectify=True)
             executed.append(keep)
         return self.resnet.head(batch.images), torch.stack(executed, 1).float()

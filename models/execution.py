@@ -28,20 +28,53 @@ def full(units: Sequence[Unit], x: Tensor) -> Tensor:
     return x
 
 
-def shared_prefix(policies: Tensor) -> int:
-    """How many leading blocks every image keeps under every policy, of (P, B, K) policies."""
-    return int(policies.bool().flatten(0, -2).all(0).long().cumprod(0).sum())
+def kept_counts(policy: Tensor) -> list[int]:
+    """How many images keep each of the K blocks, of (B, K) or (P, B, K) policies.
+
+    This is where a forward pass waits for a GPU, once for the whole network and not once a block:
+    everything else that depends on the policy follows from these K numbers or stays on the device.
+    """
+    return policy.bool().flatten(0, -2).sum(0).tolist()
 
 
-def kept_rows(policy: Tensor) -> list[Tensor]:
+def shared_prefix(counts: Sequence[int], images: int) -> int:
+    """How many leading blocks all images keep, by `kept_counts` of so many images."""
+    return next((k for k, count in enumerate(counts) if count < images), len(counts))
+
+
+def kept_rows(policy: Tensor, counts: list[int] | None = None, multiple: int = 1) -> list[Tensor]:
     """For each of the K blocks the indices of the images that keep it, from a (B, K) policy.
 
-    One copy of the K counts to the host serves the whole network: a GPU is waited for once a
-    forward pass, not once a block.
+    counts: those of `kept_counts`, where they are known. multiple: see `padded`.
     """
+    counts = kept_counts(policy) if counts is None else counts
     by_block = policy.bool().t()
-    counts = by_block.sum(1).tolist()
-    return list(torch.nonzero_static(by_block, size=sum(counts))[:, 1].split(counts))
+    if multiple == 1:
+        return list(torch.nonzero_static(by_block, size=sum(counts))[:, 1].split(counts))
+    # without knowing a number: first those that keep a block, then the first of them again
+    order = by_block.byte().argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(len(policy), device=policy.device)
+    order = torch.where(place < by_block.sum(1, keepdim=True), order, order[:, :1])
+    sizes = [padded(count, len(policy), multiple) for count in counts]
+    return [rows[:size] for rows, size in zip(order, sizes, strict=True)]
+
+
+def padded(count: int, images: int, multiple: int) -> int:
+    """The number of rows to compute where `count` of the images keep a block.
+
+    cuDNN chooses anew for every batch size that it meets; multiples of a number are few. A row that
+    is computed twice gives the same result twice. Never all images, unless they all keep the block.
+    """
+    if count in (0, images):
+        return count
+    return min(-(-count // multiple) * multiple, images - 1)
+
+
+def open_rows(gate: Tensor, multiple: int = 1) -> Tensor:
+    """The indices of the images whose gate (B,) is open; one wait for a GPU."""
+    rows = gate.nonzero()[:, 0]
+    more = padded(len(rows), len(gate), multiple) - len(rows)
+    return torch.cat([rows, rows[:1].expand(more)]) if more else rows
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -129,9 +162,9 @@ def sparse_block(branch: nn.Module, shortcut: nn.Module, x: Tensor, rows: Tensor
     return Merge.apply(rest, rows, F.relu(branched.add_(kept), inplace=True))
 
 
-def sparse(units: Sequence[Unit], x: Tensor, policy: Tensor) -> Tensor:
-    """All blocks, each run on the rows of x that keep it."""
-    for (branch, shortcut), rows in zip(units, kept_rows(policy), strict=True):
+def sparse(units: Sequence[Unit], x: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """All blocks, each run on the rows of x that keep it, by `kept_rows`."""
+    for (branch, shortcut), rows in zip(units, kept, strict=True):
         x = sparse_block(branch, shortcut, x, rows)
     return x
 
@@ -143,6 +176,3 @@ def masked(units: Sequence[Unit], x: Tensor, policy: Tensor) -> Tensor:
         passed = shortcut(x)
         x = torch.where(keep[:, k, None, None, None], F.relu(passed + branch(x)), passed)
     return x
-
-
-FORMS = {"sparse": sparse, "masked": masked}

@@ -1,6 +1,7 @@
 """Policy networks: one look at the image, one keep-probability for every residual block."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -136,5 +137,6 @@ def decider(policy_net: nn.Module | None, static: Tensor | None = None) -> Decid
     The policy network's most probable one, or the same `static` one, (K,), for every image.
     """
     if static is not None:
-        return lambda images: static.to(images.device).expand(len(images), -1)
+        there = cache(static.to)  # one copy a device, and not one a batch
+        return lambda images: there(images.device).expand(len(images), -1)
     return lambda images: utils.most_probable(policy_net(images)[0])

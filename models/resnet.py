@@ -85,6 +85,7 @@ class ResNet(nn.Module):
         self.num_blocks = sum(stages)
         self.num_features = widths[-1] * block.expansion
         self.execution = "sparse"
+        self.row_multiple = 1  # in evaluation; what it is for: `execution.padded`
         self.blocks = nn.ModuleList()
         self.ds = nn.ModuleList()
         in_channels = stem_channels
@@ -128,13 +129,32 @@ class ResNet(nn.Module):
                 "one row an image, one column a block"
             )
         x = self.stem(x)
-        start = 0
-        if policy.ndim == 3:  # what every policy keeps is computed once
-            start = execution.shared_prefix(policy)
-            x = torch.cat([execution.full(units[:start], x)] * len(policy))
-        rest = policy[..., start:].flatten(0, -2)
-        x = execution.FORMS[self.execution](units[start:], x, rest)
+        if policy.ndim == 2:
+            return self.head(self.run(units, x, policy))
+        counts = execution.kept_counts(policy)  # what every policy keeps is computed once
+        start = execution.shared_prefix(counts, policy[..., 0].numel())
+        x = torch.cat([execution.full(units[:start], x)] * len(policy))
+        x = self.run(units[start:], x, policy[..., start:].flatten(0, -2), counts[start:])
         return self.head(x).unflatten(0, policy.shape[:-1])
+
+    def run(
+        self,
+        units: list[tuple[nn.Module, nn.Module]],
+        x: Tensor,
+        policy: Tensor,
+        counts: list[int] | None = None,
+    ) -> Tensor:
+        """Some units in the form that `execution` names; policy (B, K), for as many units."""
+        if self.execution == "masked":
+            return execution.masked(units, x, policy)
+        rows = execution.kept_rows(policy, counts, self.multiple())
+        return execution.sparse(units, x, rows)
+
+    def multiple(self) -> int:
+        """`row_multiple` where it changes nothing: twice the same row would count twice in
+        BatchNorm's statistics, and in gradients.
+        """
+        return 1 if self.training or torch.is_grad_enabled() else self.row_multiple
 
     def stem(self, x: Tensor) -> Tensor:
         return self.stem_pool(F.relu(self.bn1(self.conv1(x)), inplace=True))

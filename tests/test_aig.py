@@ -154,6 +154,27 @@ def test_sparse_inference_is_the_dense_gated_form(net, images, always_on):
     assert (kept > 0).any() and (kept < 1).any() and executed.unique(dim=0).shape[0] > 1
 
 
+@pytest.mark.parametrize("deployed", [False, True])
+def test_padded_rows_change_nothing_but_their_number(net, images, deployed, monkeypatch):
+    with torch.no_grad():
+        expected = net(images)
+        open_rows, sizes = models.execution.open_rows, []
+
+        def note(gate, multiple):
+            rows = open_rows(gate, multiple)
+            sizes.append((int(gate.sum()), len(rows)))
+            return rows
+
+        monkeypatch.setattr(models.execution, "open_rows", note)
+        net.resnet.row_multiple = 4
+        twin = models.deploy(net, dtype=torch.float64)[0] if deployed else net
+        for found, right in zip(twin(images), expected, strict=True):
+            torch.testing.assert_close(found.double(), right.double(), rtol=1e-9, atol=1e-9)
+    assert any(count % 4 for count, _ in sizes)
+    last = len(images) - 1
+    assert all(rows == count or rows in (4, 8, last) for count, rows in sizes)
+
+
 @pytest.mark.parametrize("open_", [True, False])
 def test_all_gates_open_and_all_closed(net, images, open_):
     with torch.no_grad():

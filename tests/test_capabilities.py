@@ -107,8 +107,20 @@ def test_one_gpu_by_number_is_not_for_several_processes(monkeypatch):
         ranks.start(device="cuda:1")
 
 
-@pytest.mark.parametrize("gpu, bf16", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("told", [{}, {"LOCAL_WORLD_SIZE": "3"}])
+def test_two_processes_on_one_gpu_are_refused(told, monkeypatch):
+    monkeypatch.setattr(capabilities, "gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", **told}.items():
+        monkeypatch.setenv(name, value)
+    processes = "3" if told else "at least 2"
+    with pytest.raises(UserError, match=f"{processes} processes want a GPU each and there are 1"):
+        ranks.start()
+
+
+@pytest.mark.parametrize("gpu, bf16", [(False, False), (False, True), (True, False), (True, True)])
 def test_the_precision_that_recipes_take(gpu, bf16, monkeypatch):
     monkeypatch.setattr(capabilities, "gpu", lambda: gpu)
-    monkeypatch.setattr(capabilities, "bf16_onednn", lambda: bf16)
-    assert engine.device.fast_precision() == ("bf16" if gpu or bf16 else "fp32")
+    monkeypatch.setattr(capabilities, "bf16_onednn", lambda: bf16 and not gpu)
+    monkeypatch.setattr(capabilities, "bf16_gpu", lambda: bf16 and gpu)
+    assert engine.device.fast_precision() == ("bf16" if bf16 else "fp32")

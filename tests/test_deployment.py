@@ -6,7 +6,7 @@ from test_models import random_norms
 from torch import nn
 
 import models
-from models import deployment
+from models import deployment, execution
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
 
@@ -125,3 +125,56 @@ def test_logits_are_float32_under_autocast(name, deployed):
         assert logits.dtype == torch.float32
         if policy_net:
             assert all(value.dtype == torch.float32 for value in policy_net(x)[:1])
+
+
+@pytest.mark.parametrize("kind, multiple", [("eager", 4), ("deployed", 8)])
+def test_padded_rows_change_nothing_but_their_number(pair, kind, multiple, monkeypatch):
+    """Twelve images, in one chunk where they are deployed; a block that all keep, one that none."""
+    monkeypatch.setattr(deployment, "CPU_CHUNK", 12)
+    resnet, _, size = pair
+    x = torch.randn(12, 3, size, size, dtype=torch.float64)
+    policies = (torch.rand(2, 12, resnet.num_blocks) < 0.4).double()
+    policies[..., 0], policies[0, :, 1], policies[1, :11, 2] = 1, 0, 1
+    policies[1, 11, 2] = 0
+    expected = torch.stack([resnet(x, policy) for policy in policies]).detach()
+    resnet.row_multiple = multiple
+    if kind == "deployed":
+        resnet, _ = models.deploy(resnet, dtype=torch.float64)
+    sizes = rows_computed(monkeypatch)
+    with torch.no_grad():
+        for found in (torch.stack([resnet(x, policy) for policy in policies]), resnet(x, policies)):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    kept = {int(n) for n in (*policies.sum(1).flatten(), *policies.sum((0, 1)))}
+    assert any(n % multiple for n in kept)
+    for size in sizes:
+        assert size % multiple == 0 or size in (11, 12, 23, 24)
+
+
+def rows_computed(monkeypatch):
+    """The numbers of rows that blocks are run on, as they come."""
+    sizes = []
+    kept_rows = execution.kept_rows
+
+    def note(*args):
+        rows = kept_rows(*args)
+        sizes.extend(map(len, rows))
+        return rows
+
+    monkeypatch.setattr(execution, "kept_rows", note)
+    return sizes
+
+
+def test_rows_are_not_padded_where_they_would_count_twice(monkeypatch):
+    """In BatchNorm's statistics and in gradients."""
+    resnet, _ = models.build("R14_C10")
+    resnet.row_multiple = 8
+    sizes = rows_computed(monkeypatch)
+    policy = torch.zeros(10, 6)
+    policy[:3] = 1
+    with torch.no_grad():
+        resnet.train()(torch.randn(10, 3, 32, 32), policy)
+    resnet.eval()(torch.randn(10, 3, 32, 32), policy)
+    assert set(sizes) == {3}
+    with torch.no_grad():
+        resnet(torch.randn(10, 3, 32, 32), policy)
+    assert set(sizes[-6:]) == {8}

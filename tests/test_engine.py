@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import engine
+import models
 from engine import checkpoint, loop, process, schedule
 
 
@@ -188,3 +190,42 @@ def test_float32_on_a_gpu_is_what_the_precision_says(precision, rounds, monkeypa
         assert not cudnn.benchmark
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def test_a_full_gpu_is_told_in_one_line(run, monkeypatch):
+    def full():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 79 GiB. Of the allocated"
+        )
+
+    monkeypatch.setattr("conftest.script_module", lambda name: SimpleNamespace(main=full))
+    status, _, err = run("cl_training")
+    assert status == 2 and len(err.splitlines()) == 1
+    assert "GPU's memory is full" in err and "--micro_batch N" in err and "out of memory" in err
+
+
+def test_determinism_is_asked_for_and_given_up_again(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        engine.device.set_up("fp32", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        engine.device.set_up("fp32")
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_all_weights_learn_under_autocast_after_a_pass_without_gradients():
+    """As stage 2 has one. Where autocast kept what that pass had cast, the next one would have no
+    gradients (pytorch/pytorch#112583).
+    """
+    resnet, _ = models.build("R14_C10")
+    images, policy = torch.rand(6, 3, 32, 32), torch.ones(6, 6)
+    with engine.device.autocast(torch.device("cpu"), "bf16"):
+        with torch.no_grad():
+            resnet(images, policy)
+        loss = resnet(images, policy).sum()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in resnet.parameters())
