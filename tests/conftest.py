@@ -14,6 +14,7 @@ import torch
 
 import engine
 import models
+import utils
 
 TINY = "R14_C10"  # two blocks a stage: K = 6
 
@@ -28,13 +29,14 @@ def cifar_dir(tmp_path_factory):
     return write_cifar(tmp_path_factory.mktemp("data"))
 
 
-def write_cifar(root):
-    """120 + 40 pictures in the layout of the published CIFAR-10; each class has a colour."""
+def write_cifar(root, train=120, test=40):
+    """Pictures in the layout of the published CIFAR-10; each class has a colour."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 200, (10, 3))
-    for name, size in [*((f"data_batch_{i}", 24) for i in range(1, 6)), ("test_batch", 40)]:
+    batches = [(f"data_batch_{i}", train // 5) for i in range(1, 6)]
+    for name, size in [*batches, ("test_batch", test)]:
         labels = rng.integers(0, 10, size)
         pixels = colours[labels][:, :, None] + rng.integers(0, 56, (size, 3, 1024))
         batch = {"data": pixels.reshape(size, 3072).astype(np.uint8), "labels": labels.tolist()}
@@ -53,6 +55,20 @@ def write_base(path, seed=1):
     resnet, _ = models.build(TINY)
     engine.checkpoint.write({"state_dict": resnet.state_dict()}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def policy_files(tmp_path_factory):
+    """A random policy as stage 1 leaves it, and as a warm start does."""
+    folder = tmp_path_factory.mktemp("policies")
+    torch.manual_seed(0)
+    _, policy_net = models.build(TINY)
+    content = {"agent": policy_net.state_dict(), "model": TINY, "epoch": 1, "args": {}}
+    engine.checkpoint.write(content, folder / "policy.t7")
+    candidates = utils.candidate_policies((2, 2, 2))
+    head = models.Correctness(policy_net.features.num_features, candidates).state_dict()
+    engine.checkpoint.write({**content, "correctness": head}, folder / "warm.t7")
+    return folder
 
 
 @pytest.fixture

@@ -125,20 +125,6 @@ def test_each_way_to_wait_is_seen(name):
     assert sum(found.found.values()) == (name in WAITING)
 
 
-@pytest.fixture(scope="module")
-def policy_files(tmp_path_factory):
-    """A random policy as stage 1 leaves it, and as a warm start does."""
-    folder = tmp_path_factory.mktemp("policies")
-    torch.manual_seed(0)
-    _, policy_net = models.build(TINY)
-    content = {"agent": policy_net.state_dict(), "model": TINY, "epoch": 1, "args": {}}
-    engine.checkpoint.write(content, folder / "policy.t7")
-    candidates = utils.candidate_policies((2, 2, 2))
-    head = models.Correctness(policy_net.features.num_features, candidates).state_dict()
-    engine.checkpoint.write({**content, "correctness": head}, folder / "warm.t7")
-    return folder
-
-
 @pytest.fixture
 def one_step(run, cifar_dir, base_file, policy_files, tmp_path, monkeypatch):
     """one_step(script, ...) -> what the second of two training steps and of two evaluation steps
