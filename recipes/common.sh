@@ -8,12 +8,12 @@ PRECISION=${PRECISION:-$("$PYTHON" -c "from engine import device; print(device.f
 OUT=${OUT:-cv/reproduce/$MODEL${SEED:+_seed$SEED}${SUBSET:+_subset$SUBSET}}
 ROWS=
 
-# stage NAME SCRIPT OPTIONS...: one training, into $OUT/NAME
+# stage NAME SCRIPT OPTIONS...: one training, into $OUT/NAME; LIMIT is what runs it, where something does
 stage() {
     name=$1 script=$2
     shift 2
     echo "== $name"
-    "$PYTHON" "$script.py" --model "$MODEL" --precision "$PRECISION" --seed "${SEED:-0}" \
+    ${LIMIT:-} "$PYTHON" "$script.py" --model "$MODEL" --precision "$PRECISION" --seed "${SEED:-0}" \
         --cv_dir "$OUT/$name" --resume ${SUBSET:+--subset "$SUBSET"} "$@"
 }
 

@@ -11,7 +11,7 @@ from conftest import script_module
 
 from engine.checkpoint import ROOT
 
-RECIPES = ["R32_C10", "static", "R110_C10", "AIG32_C10", "folder"]
+RECIPES = ["R32_C10", "static", "R110_C10", "paper", "AIG32_C10", "folder"]
 
 # Takes Python's place: notes a command and which of its files are not there, and leaves those that
 # it would write.
@@ -98,11 +98,57 @@ def test_the_table_and_the_picture_of_figures(tmp_path):
         assert words in picture
 
 
-def test_rehearsal(commands, monkeypatch):
+@pytest.mark.parametrize("recipe", ["R32_C10", "paper"])
+def test_rehearsal(recipe, commands, monkeypatch):
     monkeypatch.setenv("SUBSET", "64")
-    for arguments, _ in commands("R32_C10"):
+    for arguments, _ in commands(recipe):
         if "--model" in arguments:
             assert arguments[arguments.index("--subset") + 1] == "64"
+
+
+def test_the_papers_lengths(commands):
+    trainings = [arguments for arguments, _ in commands("paper") if "--max_epochs" in arguments]
+    lengths = [arguments[arguments.index("--max_epochs") + 1] for arguments in trainings]
+    assert lengths == ["5000", "2000"]
+    assert all("--resume" in arguments for arguments in trainings)
+    assert trainings[0][trainings[0].index("--batch_size") + 1] == "2048"
+
+
+# A training that would never end, and that leaves a checkpoint when it is stopped.
+ENDLESS = """#!/bin/sh
+trap 'echo stopped >> "$COMMANDS"; kill $!; exit 143' TERM
+echo "$1" >> "$COMMANDS"
+sleep 60 & wait
+"""
+
+
+def paper(tmp_path, *options):
+    (tmp_path / "endless").write_text(ENDLESS)
+    (tmp_path / "endless").chmod(0o755)
+    env = os.environ | {"PYTHON": str(tmp_path / "endless"), "PRECISION": "fp32"}
+    env |= {"OUT": str(tmp_path / "out"), "COMMANDS": str(tmp_path / "log")}
+    # minutes of a second
+    recipe = (ROOT / "recipes" / "paper.sh").read_text().replace("60 * ", "1 * ")
+    (tmp_path / "paper.sh").write_text(recipe)
+    done = subprocess.run(
+        ["sh", tmp_path / "paper.sh", *options], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    log = tmp_path / "log"
+    return done.returncode, done.stderr, log.read_text().split() if log.exists() else []
+
+
+def test_the_papers_recipe_stops_when_its_time_is_over(tmp_path):
+    status, err, log = paper(tmp_path, "--max_minutes", "1")
+    assert status == 0 and log == ["cl_training.py", "stopped"]
+    assert (
+        err.splitlines()[-1] == "paper.sh: 1 minutes are over in stage1: the same command goes on"
+    )
+
+
+@pytest.mark.parametrize("options", [["--max_minutes", "x"], ["--max_minutes"], ["--hours", "3"]])
+def test_the_papers_recipe_takes_minutes(tmp_path, options):
+    status, err, log = paper(tmp_path, *options)
+    assert status == 2 and len(err.splitlines()) == 1 and options[0] in err and not log
 
 
 @pytest.fixture
