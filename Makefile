@@ -2,23 +2,26 @@
 # make test: style and tests
 # make reproduce MODEL=R32_C10: the chain of trainings in recipes/R32_C10.sh, hours on a CPU; SEED=1
 # for another seed, SUBSET=64 to rehearse it on as few images
-# Each sets up everything it needs in .venv first.
+# Each sets up everything it needs in .venv first, but this one:
+# make gpu: tests and timings on a GPU in 10 minutes (MAX_MINUTES=30 for more), with the Python that
+# is there and without a network
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := cv/demo
 MODEL ?= R32_C10
+MAX_MINUTES ?= 10
 
-.PHONY: demo test reproduce clean-demo
+.PHONY: demo test reproduce gpu clean-demo
 
-$(VENV)/run: requirements.txt
+$(VENV)/run: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -r requirements.txt
+	$(RUN) -m pip install --quiet -r requirements.txt -c constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/run requirements-dev.txt
-	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	$(RUN) -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 demo: $(VENV)/run clean-demo
@@ -29,6 +32,9 @@ clean-demo:
 
 reproduce: $(VENV)/run
 	PYTHON=$(RUN) sh recipes/$(MODEL).sh
+
+gpu:
+	@$(PYTHON) benchmarks/gpu.py --max_minutes $(MAX_MINUTES)
 
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .

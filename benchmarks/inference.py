@@ -12,6 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import graphs
 import torch
 from measure import conv_gflops, interleaved, machine, random_policies, table
 from torch import nn
@@ -22,7 +23,7 @@ import utils
 from engine import options
 from engine.trained import TrainedModel, decision_flops
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parse_args():
@@ -32,7 +33,7 @@ def parse_args():
     add("--base", help="pretrained ResNet of a stage-1 checkpoint")
     add("--keep", type=options.count, default=17, help="blocks kept of random policies")
     add("--batch_sizes", type=options.count, nargs="+", default=[1, 8, 32, 64, 256, 1024])
-    add("--precisions", choices=DTYPES, nargs="+", default=list(DTYPES))
+    add("--precisions", choices=DTYPES, nargs="+", default=["fp32", "bf16"])
     add("--repeats", type=options.count, default=30, help="rounds of all contenders")
     add("--budget", type=options.positive, default=60.0, help="seconds a batch size and precision")
     add("--no_compile", action="store_true", help="leave torch.compile out")
@@ -136,6 +137,8 @@ def contenders(resnet, policy_net, x, policy, precision, args) -> tuple[dict, to
                 return compiled(x)
 
         calls["full, torch.compile"] = compiled_call
+    if x.device.type == "cuda":
+        calls |= graphs.contenders(fast, fast_policy, x, policy)
     if dtype == torch.float32 and x.device.type == "cpu":
         session = onnx_session(resnet, x)
         if session:

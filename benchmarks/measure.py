@@ -59,11 +59,8 @@ def conv_gflops(batch: int, dtype: torch.dtype, device: torch.device, repeats: i
 
 def machine() -> dict[str, str | int]:
     """What a reader has to know to place the figures."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
     facts = {
-        "commit": commit,
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": processor(),
@@ -71,7 +68,18 @@ def machine() -> dict[str, str | int]:
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+        facts["cudnn"] = torch.backends.cudnn.version()
     return facts
+
+
+def commit() -> str:
+    """Which code was measured, where git can tell; a copy may have come without it."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
 
 
 def processor() -> str:

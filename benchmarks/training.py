@@ -5,7 +5,7 @@
 
 The policy network runs and learns as ever, but its answer is replaced by policies that keep
 `--keep` blocks drawn at random for each image, so that both contenders do the same work. Memory is
-the peak of a process of its own: resident on the CPU, allocated on a GPU.
+the peak, on a CPU what is resident in a process of its own, on a GPU what is allocated.
 """
 
 import argparse
@@ -129,9 +129,7 @@ def print_peak(args, config, stage: str, contender: str) -> None:
 
 
 def peak_memory() -> float:
-    """Peak MiB of this process so far: allocated on the GPU, else resident (Linux)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+    """Peak MiB of this process so far, resident (Linux)."""
     # not getrusage, whose peak a child process takes over from its parent
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM"))
@@ -141,8 +139,17 @@ def measured_peak(args, stage: str, contender: str) -> dict:
     command = [sys.executable, __file__, "--peak", stage, contender, "--model", args.model]
     command += ["--keep", str(args.keep), "--precision", args.precision]
     command += ["--batch_sizes", *map(str, args.batch_sizes)]
+    command += ["--device", "cpu"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def peak_on_gpu(call) -> dict:
+    """The same of one step on a GPU, which can count anew: MiB allocated."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return {"peak": torch.cuda.max_memory_allocated() / 2**20, "before": before / 2**20}
 
 
 def compare_steps(args, config) -> list[dict]:
@@ -159,7 +166,8 @@ def compare_steps(args, config) -> list[dict]:
                 clock.seconds = 0.0
             call()
             policy, resnet = (clock.seconds for clock in clocks)
-            memory = measured_peak(args, stage, name)
+            on_gpu = engine.device.pick(args.device).type == "cuda"
+            memory = peak_on_gpu(call) if on_gpu else measured_peak(args, stage, name)
             rows.append(
                 {
                     "stage": stage,
@@ -198,6 +206,7 @@ def main() -> None:
     args = parse_args()
     config = engine.data.config_of(args)
     engine.device.keep_freed_memory()
+    engine.device.set_up(args.precision)
     if args.peak:
         return print_peak(args, config, *args.peak)
     facts = machine()

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from . import ranks
 from .process import user_errors
 
 PIXELS = 8  # a block's side in TensorBoard's picture of keep rates
+
+
+def summary_writer(folder: Path, purge_step: int | None):
+    """TensorBoard's writer: tensorboardX's or, where that is not installed, PyTorch's own."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 class Logs:
@@ -27,7 +35,7 @@ class Logs:
     def __init__(self, folder: Path, args: argparse.Namespace):
         self.folder, self.args = folder, args
         self.metrics: dict[str, Any] = {}
-        self.writer: SummaryWriter | None = None
+        self.writer = None
         self.start = 0.0
 
     def open(self, done: int, source: Path | None) -> None:
@@ -44,7 +52,7 @@ class Logs:
                 file.write(shlex.join(["python", *sys.argv]) + "\n")
             self._keep_until(done, source)
             purge_step = done + 1 if goes_on else None
-            self.writer = SummaryWriter(str(self.folder / "log"), purge_step=purge_step)
+            self.writer = summary_writer(self.folder / "log", purge_step)
 
     def _keep_until(self, epoch: int, source: Path | None) -> None:
         """Begin metrics.jsonl with those lines of the source's that will not be written again."""

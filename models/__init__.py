@@ -1,7 +1,7 @@
 """What is computed: ResNets that run under a policy, policy networks, and their names."""
 
 from .aig import GatedResNet
-from .deployment import deploy
+from .deployment import DeployedResNet, deploy
 from .policy import (
     POLICY_SIZES,
     Correctness,
@@ -20,6 +20,7 @@ __all__ = [
     "Config",
     "Correctness",
     "Decider",
+    "DeployedResNet",
     "GatedResNet",
     "PolicyAtPenalty",
     "PolicyNet",

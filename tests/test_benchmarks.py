@@ -1,0 +1,162 @@
+"""benchmarks/ and what carries a data set to a GPU, as far as a CPU can tell."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import script_module
+from test_models import random_norms
+
+import models
+from engine import UserError
+from engine.checkpoint import ROOT
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return script_module("benchmarks/graphs")
+
+
+def remember(call):
+    """In a CUDA graph's place: a result that always lies in the same tensor."""
+    result = call()
+    return lambda: result.copy_(call()), result
+
+
+@pytest.mark.parametrize("name", ["R14_C10", "R18_ImgNet"])
+def test_a_graph_a_block_runs_the_kept_blocks(name, graphs):
+    torch.manual_seed(0)
+    resnet, policy_net = map(random_norms, models.build(name))
+    fast, fast_policy = models.deploy(resnet, policy_net, torch.float64)
+    example, *images = torch.randn(4, 1, 3, 64, 64, dtype=torch.float64)
+    alone = graphs.GraphPerBlock(fast, example, remember)
+    full = graphs.OneGraph(fast, example, remember)
+    for x in images:
+        policy = (torch.rand(1, resnet.num_blocks) < 0.5).double()
+        torch.testing.assert_close(alone(x, policy), resnet(x, policy).detach())
+        torch.testing.assert_close(full(x), resnet(x).detach())
+
+
+def test_contenders_that_only_a_gpu_has_give_the_same_logits(graphs):
+    torch.manual_seed(0)
+    resnet, policy_net = map(random_norms, models.build("R14_C10"))
+    twins = models.deploy(resnet, policy_net, torch.float64)
+    names = set()
+    for batch in (1, 20):
+        x = torch.randn(batch, 3, 32, 32, dtype=torch.float64)
+        policy = (torch.rand(batch, 6) < 0.5).double()
+        expected = {"full": resnet(x).detach(), "ours": resnet(x, policy).detach()}
+        for name, call in graphs.contenders(*twins, x, policy, remember).items():
+            torch.testing.assert_close(call(), expected[name[:4]])
+            names.add(name)
+    assert len(names) == 5
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = script_module("benchmarks/gpu")
+    monkeypatch.setattr(module.capabilities, "gpu", lambda: True)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line():
+    command = ["make", "--silent", "gpu", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    own = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert done.returncode == 2 and not done.stdout
+    assert len(own) == 1 and own[0].startswith("gpu.py: PyTorch sees no GPU here")
+
+
+def test_what_is_missing_is_named(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "NEEDED", ("json", "no_such_package"))
+    monkeypatch.setattr(gpu, "TENSORBOARD", ("nor_this", "nor_that"))
+    with pytest.raises(UserError, match="lacks no_such_package, nor_this or nor_that"):
+        gpu.check()
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    with pytest.raises(UserError, match="2.9.1.*2.11 or newer"):
+        gpu.check()
+
+
+def test_its_commands_have_options_that_exist(gpu, tmp_path, monkeypatch):
+    (tmp_path / "CIFAR10.pt").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--data_dir", str(tmp_path)])
+    todo = gpu.steps(gpu.parse_args())
+    scripts = set()
+    for step in todo[1:]:
+        monkeypatch.setattr(sys, "argv", step.command[1:])
+        script_module(step.command[1].removesuffix(".py")).parse_args()
+        scripts.add(step.command[1])
+    assert len(scripts) == 5 and todo[0].command[3] == "tests/test_cuda.py"
+    given = {b for step in todo if "benchmarks" in step.command[1] for b in step.command}
+    assert set(map(str, gpu.BATCHES)) | set(gpu.PRECISIONS) <= given
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--data_dir", str(tmp_path / "none")])
+    assert len(gpu.steps(gpu.parse_args())) == len(todo) - 3
+
+
+INFERENCE = {"precision": "bf16", "batch": 32, "contender": "ours, deployed", "ms": 1.5,
+             "speed_up": 2.0, "flop_ratio": 2.5, "efficiency": 0.8,
+             "over_fastest_full": 1.9}  # fmt: skip
+TRAINING = {"stage": "stage 1", "batch": 2048, "contender": "sparse", "images_per_second": 7e3,
+            "over_masked": 5.0, "peak_mib": 900.0}  # fmt: skip
+
+
+def test_figures_are_gathered_and_the_time_is_kept(gpu, tmp_path, monkeypatch, capsys):
+    def step(name, code, rows=None):
+        file = tmp_path / f"{name}.json" if rows else None
+        if rows:
+            code = f"open({str(file)!r}, 'w').write({json.dumps({'rows': rows})!r})"
+        return gpu.Step(name, [sys.executable, "-c", code], file)
+
+    todo = [
+        step("tests", "print('3 passed')"),
+        step("inference bf16", "", [INFERENCE, INFERENCE | {"contender": "full", "ms": 3.0}]),
+        step("training bf16 2048", "", [TRAINING]),
+        step("broken", "raise SystemExit('why')"),
+        step("endless", "import time; time.sleep(60)"),
+        step("late", "print('never')"),
+    ]
+    monkeypatch.setattr(gpu, "steps", lambda args: todo)
+    monkeypatch.setattr(gpu, "ENOUGH", 0.5)
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--max_minutes", "0.05", "--out", str(out)])
+    with pytest.raises(UserError, match="some steps failed"):
+        gpu.main()
+    content = json.loads((out / "gpu.json").read_text())
+    endings = [step["ending"] for step in content["steps"]]
+    assert endings == ["done"] * 3 + ["failed, status 1", "cut off by the time"]
+    assert content["left_out"] == ["late"] and "why" in capsys.readouterr().err
+    assert content["steps"][1]["figures"]["rows"][0] == INFERENCE
+    text = (out / "gpu.md").read_text()
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    for row in (
+        ["tests", "done", "0", "3 passed"],
+        ["bf16, 32", "1.5", "3"],
+        ["bf16", "32", "ours, deployed", "2.00", "2.50", "0.80", "1.90"],
+        ["bf16", "stage 1", "2048", "sparse", "7000", "5.00", "900"],
+    ):
+        assert row in rows
+
+
+def test_a_data_set_travels_in_parts(tmp_path):
+    parts = script_module("recipes/cifar_parts")
+    content = bytes(range(256)) * 40
+    (tmp_path / "whole.pt").write_bytes(content)
+    made = parts.pack(tmp_path / "whole.pt", tmp_path / "parts", size=3000)
+    assert [path.stat().st_size for path in made] == [3000, 3000, 3000, 1240]
+    assert parts.PART < 50e6
+    target = tmp_path / "data" / "CIFAR10.pt"
+    moved = made[2].rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="whole.pt.02 of 4 parts not there yet"):
+        parts.join(tmp_path / "parts", target)
+    made[2].write_bytes(b"x" * 3000)
+    with pytest.raises(UserError, match="whole.pt.02: damaged"):
+        parts.join(tmp_path / "parts", target)
+    assert not target.exists()
+    moved.rename(made[2])
+    parts.join(tmp_path / "parts", target)
+    assert target.read_bytes() == content
