@@ -166,6 +166,7 @@ def test_a_report_of_many_classes_groups_them(run, tmp_path):
     checkpoint.write(content | {"resnet": resnet.state_dict()}, path)
     out = tmp_path / "report"
     options = ["--data_dir", tmp_path, "--skip_data_check", "--load", path, "--out", out]
+    options += ["--paths", 1, "--examples", 1]
     status, _, err = run("visualize", *options)
     assert status == 0, err
     text = (out / "report.html").read_text()
