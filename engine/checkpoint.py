@@ -91,18 +91,23 @@ def is_state(value: Any) -> bool:
 
 
 def write(content: Mapping[str, Any], path: str | Path) -> None:
-    """Write a checkpoint so that at any moment the file is the old one or the new one, whole.
+    """Write a checkpoint; see `write_whole`."""
+    buffer = io.BytesIO()
+    torch.save({**content, CHECKSUM: digest(content)}, buffer)
+    write_whole(buffer.getbuffer(), path)
+
+
+def write_whole(content: bytes | memoryview, path: str | Path) -> None:
+    """Write a file so that at any moment it is the old one or the new one, whole.
 
     Raises UserError when it cannot be written; the old file then stays as it was.
     """
     path = Path(path)
-    buffer = io.BytesIO()
-    torch.save({**content, CHECKSUM: digest(content)}, buffer)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with user_errors(path):
         try:
             with open(partial, "wb") as file:
-                file.write(buffer.getbuffer())
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)

@@ -1,0 +1,263 @@
+"""The networks as an ONNX graph for one image, in which a dropped block is not computed.
+
+Each block that may be dropped stands in the branch of an `If`, which ONNX Runtime and OpenVINO
+evaluate for real. With several images an `If` could not tell them apart: batches are for `deploy`.
+BatchNorm is folded into the convolutions. Needs the package onnx, so nothing here imports this
+module but export.py.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+import utils
+
+from .aig import CLOSED, OPEN, Gate, GatedResNet
+from .policy import Halve, PolicyAtPenalty, PolicyNet
+from .registry import Config
+from .resnet import PoolAndPad, ResNet
+
+OPSETS = range(13, 24)  # `Split` takes its sizes as an input from 13 on
+DEFAULT_OPSET = 17
+
+# A block's number and its input's name, to the name of a bool tensor of one element, or to a bool
+# where the decision is known beforehand.
+Decide = Callable[[int, str], str | bool]
+
+
+def build(
+    resnet: ResNet | GatedResNet,
+    policy_net: PolicyNet | PolicyAtPenalty | None,
+    static: Tensor,
+    config: Config,
+    opset: int = DEFAULT_OPSET,
+) -> onnx.ModelProto:
+    """An image, uint8 (1, H, W, 3) in RGB, to `logits` (1, classes) and its `policy` (1, K).
+
+    The policy network decides, or ConvNet-AIG's gates, or else the policy `static` (K,), whose
+    dropped blocks are left out. Networks are read in evaluation mode. Raises ValueError for an
+    opset that lacks an operator.
+    """
+    if opset not in OPSETS:
+        raise ValueError(f"opset {opset}: take one of {OPSETS[0]} to {OPSETS[-1]}")
+    graph = Graph()
+    with torch.no_grad():
+        x = pixels(graph, config)
+        if isinstance(resnet, GatedResNet):
+            logits, policy = gated(graph, resnet, x)
+        else:
+            decide, policy = decision(graph, policy_net, static, x, config.image_size)
+            logits = network(graph, resnet, x, decide)
+    graph.add("Identity", logits, output="logits")
+    graph.add("Identity", policy, output="policy")
+    size = config.image_size
+    image = helper.make_tensor_value_info("image", onnx.TensorProto.UINT8, [1, size, size, 3])
+    outputs = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, columns])
+        for name, columns in (("logits", config.num_classes), ("policy", config.num_blocks))
+    ]
+    imports = [helper.make_opsetid("", opset)]
+    return helper.make_model(
+        graph.finish(config.name, [image], outputs),
+        opset_imports=imports,
+        # the newest would shut out every runtime older than the package onnx
+        ir_version=helper.find_min_ir_version_for(imports),
+        producer_name="BlockDrop",
+    )
+
+
+class Graph:
+    """Nodes and constants in the making; a branch of an `If` also sees its surroundings' names."""
+
+    def __init__(self, taken: set[str] | None = None):
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.taken = {"image", "logits", "policy"} if taken is None else taken
+
+    def branch(self) -> "Graph":
+        return Graph(self.taken)
+
+    def name(self, wanted: str) -> str:
+        """That name, with a number where it is taken: names differ across all branches."""
+        name, number = wanted, 1
+        while name in self.taken:
+            name, number = f"{wanted}_{number}", number + 1
+        self.taken.add(name)
+        return name
+
+    def add(self, kind: str, *inputs: str, output: str | None = None, **attributes) -> str:
+        """A node of one output, whose name is returned."""
+        output = output or self.name(kind.lower())
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def constant(self, value: Tensor | np.ndarray | float, name: str = "constant") -> str:
+        value = value.numpy(force=True) if isinstance(value, Tensor) else np.asarray(value)
+        value = value.astype(np.float32) if value.dtype == np.float64 else value
+        name = self.name(name)
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def choose(self, condition: str, then: "Graph", kept: str, other: "Graph", passed: str) -> str:
+        """One of two branches, by a bool tensor of one element, with the output it names."""
+        branches = {}
+        for attribute, graph, output in (
+            ("then_branch", then, kept),
+            ("else_branch", other, passed),
+        ):
+            value = helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)
+            branches[attribute] = graph.finish(attribute, [], [value])
+        return self.add("If", condition, **branches)
+
+    def finish(self, name: str, inputs: Sequence, outputs: Sequence) -> onnx.GraphProto:
+        return helper.make_graph(self.nodes, name, inputs, outputs, self.constants)
+
+
+def pixels(graph: Graph, config: Config) -> str:
+    """The image (1, H, W, 3) of bytes as the networks want it, normalised, (1, 3, H, W)."""
+    mean, std = (torch.tensor(v) * 255 for v in (config.mean, config.std))
+    x = graph.add("Cast", "image", to=onnx.TensorProto.FLOAT)
+    x = graph.add("Sub", x, graph.constant(mean)) if mean.any() else x
+    x = graph.add("Div", x, graph.constant(std))
+    return graph.add("Transpose", x, perm=[0, 3, 1, 2])
+
+
+def conv(graph: Graph, x: str, layer: nn.Conv2d, norm: nn.BatchNorm2d) -> str:
+    """A convolution with its BatchNorm folded in, in double precision."""
+    folded = fuse_conv_bn_eval(deepcopy(layer).double().eval(), deepcopy(norm).double().eval())
+    weight, bias = graph.constant(folded.weight, "weight"), graph.constant(folded.bias, "bias")
+    (top, left), sides = layer.padding, list(layer.kernel_size)
+    pads = [top, left, top, left]
+    strides = list(layer.stride)
+    return graph.add("Conv", x, weight, bias, kernel_shape=sides, pads=pads, strides=strides)
+
+
+def linear(graph: Graph, x: str, layer: nn.Linear) -> str:
+    weight, bias = graph.constant(layer.weight, "weight"), graph.constant(layer.bias, "bias")
+    return graph.add("Gemm", x, weight, bias, transB=1)
+
+
+def average(graph: Graph, x: str, side: int) -> str:
+    return graph.add("AveragePool", x, kernel_shape=[side] * 2, strides=[side] * 2)
+
+
+def shortcut_of(graph: Graph, x: str, shortcut: nn.Module) -> str:
+    if isinstance(shortcut, nn.Identity):
+        return x
+    if isinstance(shortcut, PoolAndPad):
+        pads = np.array([0, 0, 0, 0, 0, shortcut.extra_channels, 0, 0])
+        return graph.add("Pad", average(graph, x, 2), graph.constant(pads, "pads"))
+    return conv(graph, x, *shortcut)
+
+
+def kept(graph: Graph, x: str, shortcut: str, branch: nn.Module) -> str:
+    """relu(shortcut + F(x))."""
+    count = sum(name.startswith("conv") for name, _ in branch.named_children())
+    for i in range(1, count + 1):
+        x = conv(graph, x, getattr(branch, f"conv{i}"), getattr(branch, f"bn{i}"))
+        if i < count:
+            x = graph.add("Relu", x)
+    return graph.add("Relu", graph.add("Add", x, shortcut))
+
+
+def network(
+    graph: Graph, resnet: ResNet, x: str, decide: Decide | None = None, rectify: bool = False
+) -> str:
+    """Logits (1, classes), or pooled features where there is no classifier, of an image's name.
+
+    With `rectify` a dropped block's shortcut is followed by a relu (ConvNet-AIG).
+    """
+    x = graph.add("Relu", conv(graph, x, resnet.conv1, resnet.bn1))
+    if isinstance(resnet.stem_pool, nn.MaxPool2d):
+        x = graph.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    for k, (branch, shortcut) in enumerate(resnet.units()):
+        keep = True if decide is None else decide(k, x)
+        s = shortcut_of(graph, x, shortcut)
+        rectified = rectify and s != x
+        if isinstance(keep, bool):
+            x = kept(graph, x, s, branch) if keep else s
+            continue
+        then, other = graph.branch(), graph.branch()
+        computed = kept(then, x, s, branch)
+        passed = other.add("Relu" if rectified else "Identity", s)
+        x = graph.choose(keep, then, computed, other, passed)
+    x = graph.add("Flatten", graph.add("GlobalAveragePool", x))
+    return x if resnet.fc is None else linear(graph, x, resnet.fc)
+
+
+def decision(
+    graph: Graph, policy_net: nn.Module | None, static: Tensor, x: str, size: int
+) -> tuple[Decide, str]:
+    """How each block is decided before the ResNet begins, and the name of the policy (1, K)."""
+    if policy_net is None:
+        keep = static.bool().tolist()
+        return lambda k, x: keep[k], graph.constant(static.float()[None], "static")
+    features = network(graph, policy_net.features, shrunk(graph, x, policy_net.shrink, size))
+    if isinstance(policy_net, PolicyAtPenalty):
+        policy = best_candidate(graph, features, policy_net)
+        keep = graph.add("Cast", policy, to=onnx.TensorProto.BOOL)
+    else:  # the most probable policy: sigmoid(z) >= 1/2
+        z = linear(graph, features, policy_net.logit)
+        keep = graph.add("GreaterOrEqual", z, graph.constant(np.float32(0), "zero"))
+        policy = graph.add("Cast", keep, to=onnx.TensorProto.FLOAT)
+    count = policy_net.num_blocks
+    blocks = [graph.name(f"keep_{k}") for k in range(count)]
+    flat = graph.add("Reshape", keep, graph.constant(np.array([count]), "shape"))
+    sizes = graph.constant(np.ones(count, np.int64), "sizes")
+    graph.nodes.append(helper.make_node("Split", [flat, sizes], blocks))
+    return lambda k, x: blocks[k], policy
+
+
+def shrunk(graph: Graph, x: str, shrink: nn.Module, size: int) -> str:
+    """The image as the policy network looks at it."""
+    halves = isinstance(shrink, nn.AvgPool2d) or (isinstance(shrink, Halve) and size > 112)
+    return average(graph, x, 2) if halves else x
+
+
+def best_candidate(graph: Graph, features: str, policy_net: PolicyAtPenalty) -> str:
+    """The policy (1, K) of largest expected reward (Eq. 3) at the network's penalty."""
+    head, penalty = policy_net.correctness, policy_net.penalty
+    right = graph.add("Sigmoid", linear(graph, features, head.linear))
+    # the expected reward is linear in the probability of being right
+    ends = [
+        utils.expected_reward(torch.full((len(head.candidates),), p), head.candidates, penalty)
+        for p in (0.0, 1.0)
+    ]
+    reward = graph.add("Mul", right, graph.constant(ends[1] - ends[0], "gain"))
+    reward = graph.add("Add", reward, graph.constant(ends[0], "floor"))
+    chosen = graph.add("ArgMax", reward, axis=1, keepdims=0)
+    return graph.add("Gather", graph.constant(head.candidates.float(), "candidates"), chosen)
+
+
+def gated(graph: Graph, net: GatedResNet, x: str) -> tuple[str, str]:
+    """Logits and the gates (1, K) of a ConvNet-AIG; each gate looks at its block's input."""
+    gates: list[str] = []
+
+    def decide(k: int, x: str) -> str | bool:
+        if k in net.always_on:
+            gates.append(graph.constant(np.ones((1, 1), bool), "open"))
+            return True
+        gates.append(is_open(graph, net.gates[k], x))
+        return gates[-1]
+
+    logits = network(graph, net.resnet, x, decide, rectify=True)
+    keep = graph.add("Concat", *gates, axis=1)
+    return logits, graph.add("Cast", keep, to=onnx.TensorProto.FLOAT)
+
+
+def is_open(graph: Graph, gate: Gate, x: str) -> str:
+    """Whether the logit of executing is the larger one: bool (1, 1)."""
+    gate = deepcopy(gate).double().eval()
+    pooled = graph.add("Flatten", graph.add("GlobalAveragePool", x))
+    hidden = graph.add("Relu", linear(graph, pooled, fuse_linear_bn_eval(gate.fc1, gate.fc1bn)))
+    # one row, the difference of the two
+    weight = (gate.fc2.weight[OPEN] - gate.fc2.weight[CLOSED])[:, None]
+    z = graph.add("MatMul", hidden, graph.constant(weight, "weight"))
+    bound = graph.constant((gate.fc2.bias[CLOSED] - gate.fc2.bias[OPEN]).view(1, 1), "bound")
+    return graph.add("Greater", z, bound)
