@@ -1,0 +1,311 @@
+"""The exported file against the networks it was made from."""
+
+import hashlib
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+import models
+import utils
+from engine import checkpoint
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from models import onnx_graph  # noqa: E402
+
+
+def scatter(network, seed=0):
+    """BatchNorm away from its initial values, so that folding it has something to do."""
+    torch.manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.6, 1.2)
+            torch.nn.init.normal_(module.bias, 0, 0.2)
+    return network.eval()
+
+
+def pixels(name, images):
+    """uint8 (N, H, W, 3) as the networks take them."""
+    config = models.config(name)
+    x = torch.as_tensor(images).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+    return (x - mean) / std
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Bright and dark ones, (12, 32, 32, 3)."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (12, 32, 32, 3)
+    noise = torch.randint(0, 128, shape, generator=generator)
+    return (noise + torch.linspace(0, 127, 12).long().view(-1, 1, 1, 1)).to(torch.uint8)
+
+
+def stage2(path, images, name=TINY, size=None, extra=None):
+    """Random networks of a policy that keeps each block for about half of the images."""
+    torch.manual_seed(1)
+    resnet, policy_net = (scatter(network) for network in models.build(name))
+    if size:
+        policy_net.look_at(size)
+    with torch.no_grad():
+        z = policy_net.logit(policy_net.features(policy_net.shrink(pixels(name, images))))
+        scale = 3 / z.std(0)
+        policy_net.logit.bias.copy_((policy_net.logit.bias - z.mean(0)) * scale)
+        policy_net.logit.weight.mul_(scale[:, None])
+    content = {"agent": policy_net.state_dict(), "resnet": resnet.state_dict(), "epoch": 1,
+               "args": {"warm_start": 1}, **(extra or {})}  # fmt: skip
+    if size:
+        content["policy_size"] = size
+    checkpoint.write(content, path)
+    return resnet, policy_net
+
+
+@pytest.fixture
+def export(run, cifar_dir, tmp_path):
+    """export(options...) -> (status, output, error, file)."""
+
+    def call(*options, model=TINY, data=("--data_dir", cifar_dir, "--skip_data_check")):
+        file = tmp_path / "out.onnx"
+        found = run("export", "--model", model, "--out", file, "--check", 8, *data, *options)
+        return *found, file
+
+    return call
+
+
+def outputs(file, images):
+    """Logits and policies that the file gives for uint8 images, one at a time."""
+    session = onnxruntime.InferenceSession(file)
+    rows = [session.run(["logits", "policy"], {"image": i[None].numpy()}) for i in images]
+    return (torch.cat([torch.from_numpy(row[i]) for row in rows]) for i in (0, 1))
+
+
+def kinds(file):
+    """Operators of a file, those in branches included."""
+    found = []
+
+    def walk(graph):
+        for node in graph.node:
+            found.append(node.op_type)
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    walk(attribute.g)
+
+    walk(onnx.load(file).graph)
+    return found
+
+
+def facts(file):
+    return {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+
+
+@pytest.mark.parametrize("name, size", [(TINY, None), ("R14_C100", 16), ("R32_C10", None)])
+def test_blockdrop(images, tmp_path, name, size):
+    """In double precision on the other side; R32_C10 normalises."""
+    resnet, policy_net = stage2(tmp_path / "ckpt.t7", images, name, size)
+    config = models.config(name)
+    model = onnx_graph.build(resnet, policy_net, torch.ones(config.num_blocks), config)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, tmp_path / "out.onnx")
+    logits, policy = outputs(tmp_path / "out.onnx", images)
+    x = pixels(name, images).double()
+    with torch.no_grad():
+        expected_policy = policy_net.double()(x)[0].round()
+        expected = resnet.double()(x, expected_policy)
+    assert 0.2 < policy.mean() < 0.8 and policy.unique(dim=0).shape[0] > 2
+    torch.testing.assert_close(policy, expected_policy, check_dtype=False)
+    torch.testing.assert_close(logits, expected, check_dtype=False, rtol=1e-4, atol=1e-4)
+    assert kinds(tmp_path / "out.onnx").count("If") == config.num_blocks
+
+
+def test_a_dropped_block_is_not_run(images, tmp_path):
+    """Its weights are no numbers: run and then discarded, they would show."""
+    resnet, policy_net = stage2(tmp_path / "ckpt.t7", images)
+    torch.nn.init.constant_(resnet.blocks[1][1].conv1.weight, float("nan"))
+    model = onnx_graph.build(resnet, policy_net, torch.ones(6), models.config(TINY))
+    onnx.save(model, tmp_path / "out.onnx")
+    logits, policy = outputs(tmp_path / "out.onnx", images)
+    assert 0 < policy[:, 3].sum() < len(images)
+    assert (logits.isnan().any(1) == policy[:, 3].bool()).all()
+
+
+def test_convnet_aig(images, tmp_path):
+    torch.manual_seed(3)
+    net = scatter(models.build("AIG14_C10")[0])
+    net.set_targets([1, 0.5, 0.5, 0.5, 0.5, 0.5])
+    with torch.no_grad():  # each gate opens for about half of the images that reach it
+        for gate in net.gates:
+            found = []
+            hook = gate.register_forward_hook(lambda _, __, z, found=found: found.append(z))
+            net(pixels("AIG14_C10", images))
+            hook.remove()
+            if found:
+                gate.fc2.bias[1] -= (found[0][:, 1] - found[0][:, 0]).median() + 1e-4
+        expected, gates = net(pixels("AIG14_C10", images))
+    model = onnx_graph.build(net, None, torch.ones(6), models.config("AIG14_C10"))
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, tmp_path / "out.onnx")
+    logits, policy = outputs(tmp_path / "out.onnx", images)
+    assert 0.2 < gates[:, 1:].mean() < 0.8 and (gates[:, 0] == 1).all()
+    torch.testing.assert_close(policy, gates)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert kinds(tmp_path / "out.onnx").count("If") == 5
+
+
+@pytest.mark.parametrize("penalty", [-0.5, -5])
+def test_a_policy_that_chooses_for_a_penalty(export, images, tmp_path, penalty):
+    torch.manual_seed(2)
+    head = models.Correctness(64, utils.candidate_policies((2, 2, 2)))
+    torch.nn.init.normal_(head.linear.weight, 0, 1)
+    resnet, policy_net = stage2(
+        tmp_path / "ckpt.t7", images, extra={"correctness": head.state_dict()}
+    )
+    status, out, err, file = export("--load", tmp_path / "ckpt.t7", "--penalty", penalty)
+    assert status == 0, err
+    logits, policy = outputs(file, images)
+    with torch.no_grad():
+        x = pixels(TINY, images)
+        expected = models.PolicyAtPenalty(policy_net, head, penalty)(x)[0]
+        torch.testing.assert_close(policy, expected)
+        torch.testing.assert_close(logits, resnet(x, expected), rtol=1e-4, atol=1e-4)
+    assert facts(file)["penalty"] == str(float(penalty))
+
+
+@pytest.mark.parametrize("options, blocks", [(["--policy", "distribute:2"], 2), ([], 6)])
+def test_a_static_policys_dropped_blocks_are_not_in_the_file(
+    export, base_file, images, options, blocks
+):
+    status, out, err, file = export("--base", base_file, *options)
+    assert status == 0 and f"Block Usage: {blocks}.000" in out, err
+    found = kinds(file)
+    assert "If" not in found and found.count("Conv") == 1 + 2 * blocks
+    assert outputs(file, images[:1])
+    assert facts(file)["policy"] == (options[1] if options else "full")
+
+
+def test_the_file_says_what_it_is(export, images, tmp_path):
+    path = tmp_path / "ckpt.t7"
+    stage2(path, images)
+    status, out, err, file = export("--load", path)
+    assert status == 0, err
+    known = facts(file)
+    assert known["model"] == TINY and known["image"] == "uint8 RGB, 32x32"
+    assert json.loads(known["classes"])[3] == "cat"
+    assert known["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert known["checked_images"] == "8"
+    assert f"Accuracy: {float(known['accuracy']):.3f} on 8 images" in out
+    assert f"Block Usage: {float(known['mean_blocks']):.3f}" in out
+
+
+def test_accuracy_and_blocks_are_those_of_test_py(export, run, images, cifar_dir, tmp_path):
+    stage2(tmp_path / "ckpt.t7", images)
+    options = ["--load", tmp_path / "ckpt.t7"]
+    _, _, _, file = export(*options, "--check", 40)
+    run("test", "--model", TINY, "--data_dir", cifar_dir, "--skip_data_check", *options, "--json",
+        tmp_path / "test.json")  # fmt: skip
+    figures = json.loads((tmp_path / "test.json").read_text())
+    assert float(facts(file)["accuracy"]) == pytest.approx(figures["accuracy"], abs=1e-9)
+    assert float(facts(file)["mean_blocks"]) == pytest.approx(figures["block_usage"], abs=1e-6)
+
+
+def test_a_file_that_differs_is_not_kept(export, images, tmp_path, monkeypatch):
+    stage2(tmp_path / "ckpt.t7", images)
+    average = onnx_graph.average  # of the shortcuts that halve
+    monkeypatch.setattr(
+        onnx_graph, "average", lambda graph, x, side: graph.add("Neg", average(graph, x, side))
+    )
+    status, _, err, file = export("--load", tmp_path / "ckpt.t7")
+    assert status == 2 and "differ on " in err and "nothing is written" in err
+    assert err.count("\n") == 1 and not list(tmp_path.glob("*.onnx*"))
+
+
+def test_decisions_that_may_fall_either_way_are_named(export, images, tmp_path):
+    path = tmp_path / "ckpt.t7"
+    stage2(path, images)
+    content = checkpoint.read(path)
+    content["agent"]["logit.weight"][2] = 0
+    content["agent"]["logit.bias"][2] = -1e-6
+    checkpoint.write(content, path)
+    status, out, err, file = export("--load", path)
+    assert status == 0, err
+    assert "Not compared: 8 images" in out and "(0, 1, 2, 3, 4, 5, 6, 7)" in out
+
+
+def test_pictures(export, tmp_path):
+    """64 pixels: the policy network does not halve these."""
+    rng = np.random.default_rng(0)
+    for label in range(2):
+        folder = tmp_path / "data" / "val" / f"class {label}"
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 255, (80, 96, 3), np.uint8)).save(folder / f"{i}.png")
+    torch.manual_seed(0)
+    resnet, policy_net = models.build("R18_Folder", 2)
+    scatter(resnet), scatter(policy_net)
+    path = tmp_path / "ckpt.t7"
+    checkpoint.write({"agent": policy_net.state_dict(), "resnet": resnet.state_dict()}, path)
+    data = ("--data_dir", tmp_path / "data", "--image_size", 64, "--workers", 0)
+    status, out, err, file = export("--load", path, model="R18_Folder", data=data)
+    assert status == 0 and "on 6 images" in out, err
+    known = facts(file)
+    assert "64x64, short side resized to 73" in known["image"]
+    assert json.loads(known["classes"]) == ["class 0", "class 1"]
+
+
+def test_errors_are_one_line(export, images, tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.t7"
+    stage2(path, images)
+
+    def refused(*options, **settings):
+        status, _, err, file = export(*options, **settings)
+        assert status == 2 and err.count("\n") == 1, err
+        return err
+
+    assert "opset 9: take one of 13 to " in refused("--load", path, "--opset", 9)
+    assert "a file holds fp32" in refused("--load", path, "--precision", "bf16")
+    assert "is for 6 blocks, not R32_C10" in refused("--load", path, model="R32_C10")
+    assert "unknown model 'R7'" in refused("--load", path, model="R7")
+    (tmp_path / "out.onnx").write_bytes(b"mine")
+    assert "is there already: take another name, or --force" in refused("--load", path)
+    status, _, err, file = export("--load", path, "--force")
+    assert status == 0 and len(file.read_bytes()) > 4, err
+    before = file.read_bytes()
+
+    def no_room(number):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    assert "out.onnx: No space left on device" in refused("--load", path, "--force")
+    assert file.read_bytes() == before and len(list(tmp_path.glob("*out.onnx*"))) == 1
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "pip install -r requirements-export.txt" in refused("--load", path, "--force")
+
+
+@pytest.mark.parametrize("opset", ["13", "18"])
+def test_other_opsets(export, images, tmp_path, opset):
+    stage2(tmp_path / "ckpt.t7", images)
+    status, _, err, file = export("--load", tmp_path / "ckpt.t7", "--opset", opset)
+    assert status == 0 and onnx.load(file).opset_import[0].version == int(opset), err
+
+
+def test_openvino_gives_the_same(export, images, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    resnet, policy_net = stage2(tmp_path / "ckpt.t7", images)
+    _, _, _, file = export("--load", tmp_path / "ckpt.t7")
+    precise = {"INFERENCE_PRECISION_HINT": "f32"}
+    network = openvino.Core().compile_model(str(file), "CPU", precise)
+    rows = [network(image[None].numpy()) for image in images]
+    logits, policy = (torch.cat([torch.tensor(r[n]) for r in rows]) for n in ("logits", "policy"))
+    with torch.no_grad():
+        x = pixels(TINY, images)
+        expected = utils.most_probable(policy_net(x)[0])
+        torch.testing.assert_close(policy, expected)
+        torch.testing.assert_close(logits, resnet(x, expected), rtol=1e-4, atol=1e-4)
