@@ -1,0 +1,106 @@
+"""Entries for torch.hub: trained networks, images in, logits out.
+
+    net = torch.hub.load("path/to/this/repository", "R110_C10", source="local")
+    logits = net(images)         # (B, 3, 32, 32), uint8 or float in [0, 1]
+    policy = net.policy(images)  # (B, 54): which blocks each image runs
+
+Weights come with the repository, nothing is downloaded. Needs torch and numpy alone.
+"""
+
+import sys as _sys
+from contextlib import contextmanager as _contextmanager
+from pathlib import Path as _Path
+
+import torch as _torch
+
+dependencies = ["torch", "numpy"]
+
+_ROOT = _Path(__file__).resolve().parent
+
+# An entry's model and its checkpoint, the one file that fits.
+_SHIPPED = {
+    "R32_C10": ("R32_C10", "cv/R32_C10/stage2/ckpt_*.t7"),
+    "R32_C10_distribute7": ("R32_C10", "cv/R32_C10/distribute7/ckpt_*.t7"),
+    "R32_C10_full": ("R32_C10", "cv/pretrained/R32_C10/pk_*.t7"),
+    "R110_C10": ("R110_C10", "cv/R110_C10/final/ckpt_*.t7"),
+    "R110_C10_full": ("R110_C10", "cv/pretrained/R110_C10/pk_*.t7"),
+    "AIG32_C10": ("AIG32_C10", "cv/AIG32_C10/target0.6/ckpt_*.t7"),
+    "AIG32_C10_target04": ("AIG32_C10", "cv/AIG32_C10/target0.4/ckpt_*.t7"),
+}
+
+_OURS = ("models", "utils")
+_kept: dict = {}
+
+
+@_contextmanager
+def _own_modules():
+    """Inside, `models` and `utils` are this repository's, whatever the caller's program calls so.
+
+    torch.hub puts this directory on the path and leaves what was imported in sys.modules. A caller
+    with a `utils` of its own, imported before, would break us; one that imports its own later would
+    get ours. So ours come in under these names and leave again. They import nothing late.
+    """
+
+    def taken() -> dict:
+        return {n: m for n, m in _sys.modules.items() if n.split(".")[0] in _OURS}
+
+    callers, path = taken(), list(_sys.path)
+    for name in callers:
+        del _sys.modules[name]
+    _sys.modules.update(_kept)
+    _sys.path.insert(0, str(_ROOT))
+    try:
+        yield
+    finally:
+        _kept.update(taken())
+        for name in taken():
+            del _sys.modules[name]
+        _sys.modules.update(callers)
+        _sys.path[:] = path
+
+
+with _own_modules():
+    import models as _models
+    import utils as _utils
+    from models.classifier import Classifier as _Classifier
+
+
+def _network(entry: str, pretrained: bool) -> _Classifier:
+    """One entry's network, in evaluation mode."""
+    name, pattern = _SHIPPED[entry]
+    config = _models.config(name)
+    resnet, policy_net = _models.build(name)
+    (path,) = _ROOT.glob(pattern)
+    content = _torch.load(path, map_location="cpu", weights_only=True)
+    args = content.get("args", {})
+    static = args.get("policy")
+    if "state_dict" in content or static:
+        policy_net = None
+    if policy_net is not None:
+        policy_net.look_at(content.get("policy_size", 32))
+    if config.gated:
+        resnet.set_targets(content.get("targets", []))
+    if pretrained:
+        load = _models.load_gated if config.gated else _models.load_resnet
+        load(resnet, content.get("resnet") or content["state_dict"])
+        if policy_net is not None:
+            _models.load_policy(policy_net, content["agent"])
+    policy = static and _utils.static_policy(static, config.stages, args.get("seed", 0))
+    return _Classifier(resnet, policy_net, config, policy).eval()
+
+
+def _entry(name: str):
+    def entry(pretrained: bool = True):
+        return _network(name, pretrained)
+
+    model = _SHIPPED[name][0]
+    entry.__name__ = name
+    entry.__doc__ = f"""{model}, with the weights of {_SHIPPED[name][1]} unless not `pretrained`.
+
+    Returns a module: images (B, 3, 32, 32), uint8 or float in [0, 1], to logits (B, 10); its
+    `policy(images)` gives (B, K) of 0 and 1.
+    """
+    return entry
+
+
+globals().update({_name: _entry(_name) for _name in _SHIPPED})

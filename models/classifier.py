@@ -1,0 +1,91 @@
+"""Images in, logits out: what decides and what computes, in one module."""
+
+import torch
+from torch import Tensor, nn
+
+from .aig import GatedResNet
+from .deployment import deploy
+from .policy import PolicyAtPenalty, PolicyNet, decider
+from .registry import Config
+from .resnet import ResNet
+
+
+class Classifier(nn.Module):
+    """A network with its policy, called with pixels.
+
+    In evaluation mode it computes with deployed copies (`deploy`), made anew at the first call
+    after the weights, their device or their dtype have changed by a method of this module; in
+    training mode with the networks themselves, whose gates then sample. `static` (K,) is every
+    image's policy where there is no policy network.
+    """
+
+    def __init__(
+        self,
+        resnet: ResNet | GatedResNet,
+        policy_net: PolicyNet | PolicyAtPenalty | None,
+        config: Config,
+        static: Tensor | None = None,
+    ):
+        super().__init__()
+        self.resnet, self.policy_net = resnet, policy_net
+        self.num_blocks = resnet.num_blocks
+        static = torch.ones(self.num_blocks) if static is None else static
+        for name, value in (("mean", config.mean), ("std", config.std), ("static", static)):
+            value = torch.as_tensor(value, dtype=torch.float32)
+            value = value if name == "static" else value.view(3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+        self._deployed = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), uint8 or float in [0, 1], RGB. Returns logits (B, classes)."""
+        return self._run(images)[0]
+
+    def policy(self, images: Tensor) -> Tensor:
+        """Which blocks each image runs, (B, K) of 0 and 1."""
+        if isinstance(self.resnet, GatedResNet):
+            return self._run(images)[1]
+        return self._decide(self._pixels(images), self._networks()[1])
+
+    def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x, (resnet, policy_net) = self._pixels(images), self._networks()
+        if isinstance(self.resnet, GatedResNet):
+            return resnet(x)
+        policy = self._decide(x, policy_net)
+        return resnet(x, policy), policy
+
+    def _decide(self, x: Tensor, policy_net: nn.Module | None) -> Tensor:
+        return decider(policy_net, None if policy_net else self.static)(x)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images have shape {tuple(images.shape)}, not (B, 3, H, W)")
+        x = images / 255 if images.dtype == torch.uint8 else images
+        dtype = next(self.resnet.parameters()).dtype
+        return ((x.float() - self.mean.float()) / self.std.float()).to(dtype)
+
+    def _networks(self) -> tuple[nn.Module, nn.Module | None]:
+        if self.training:
+            return self.resnet, self.policy_net
+        if self._deployed is None:
+            dtype = next(self.resnet.parameters()).dtype
+            self._deployed = deploy(self.resnet, self.policy_net, dtype)
+        return self._deployed
+
+    def _forget(self) -> None:
+        """What follows may change the weights."""
+        self._deployed = None
+
+    def _apply(self, fn, recurse=True):
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        self._forget()
+        return super().train(mode)
+
+    def load_state_dict(self, *args, **options):
+        self._forget()
+        return super().load_state_dict(*args, **options)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_deployed": None}  # packed weights cannot be copied

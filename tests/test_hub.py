@@ -1,0 +1,137 @@
+"""hubconf.py as torch.hub loads it, from programs that have modules of our names as well."""
+
+import copy
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import models
+from engine import checkpoint, weights
+from engine.checkpoint import ROOT
+from models.classifier import Classifier
+
+
+@pytest.fixture(scope="module")
+def hub():
+    spec = importlib.util.spec_from_file_location("hubconf", ROOT / "hubconf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=generator)
+
+
+def normalised(name, images):
+    config = models.config(name)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+    return (images / 255 - mean) / std
+
+
+def test_every_entry_is_shipped(hub):
+    entries = [name for name in dir(hub) if callable(getattr(hub, name)) and name[0] != "_"]
+    assert sorted(entries) == sorted(hub._SHIPPED)
+    for name, pattern in hub._SHIPPED.values():
+        (path,) = ROOT.glob(pattern)
+        models.config(name)
+
+
+@pytest.mark.parametrize("entry", ["R32_C10", "R32_C10_distribute7", "R110_C10_full", "AIG32_C10"])
+def test_an_entry_is_its_checkpoint(entry, images):
+    """Against the networks themselves, loaded as the scripts load them."""
+    net = torch.hub.load(str(ROOT), entry, pretrained=True, source="local")
+    spec = importlib.util.spec_from_file_location("hubconf", ROOT / "hubconf.py")
+    hub = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hub)
+    name, pattern = hub._SHIPPED[entry]
+    (path,) = ROOT.glob(pattern)
+    content = checkpoint.read(path)
+    resnet, policy_net = models.build(name)
+    weights.load_into(resnet.eval(), content, path)
+    x = normalised(name, images)
+    with torch.no_grad():
+        if entry == "AIG32_C10":
+            resnet.set_targets(content["targets"])
+            expected, policy = resnet(x)
+        else:
+            policy = torch.ones(len(x), resnet.num_blocks)
+            if entry == "R32_C10":
+                weights.load_into(policy_net.eval(), content, path)
+                policy = (policy_net(x)[0] >= 0.5).float()
+            elif entry == "R32_C10_distribute7":
+                policy[:] = torch.tensor([1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0])
+            expected = resnet(x, policy)
+    assert not net.training
+    torch.testing.assert_close(net.policy(images), policy)
+    torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net(images / 255), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_pretrained_weights_are_random(hub, images):
+    torch.manual_seed(0)
+    first, second = hub.R32_C10(pretrained=False), hub.R32_C10(pretrained=False)
+    assert not torch.equal(first(images), second(images))
+    second.load_state_dict(first.state_dict())
+    torch.testing.assert_close(first(images), second(images))
+
+
+PROGRAM = """
+import sys, torch
+{before}
+net = torch.hub.load({root!r}, "R32_C10", source="local")
+assert not any({root!r} == entry for entry in sys.path)
+images = torch.zeros(2, 3, 32, 32)
+assert net(images).shape == (2, 10) and net.policy(images).shape == (2, 15)
+again = torch.hub.load({root!r}, "R32_C10", source="local")
+assert torch.equal(net(images), again(images))
+import utils, models, models.net
+assert utils.mine and models.mine and models.net.mine
+assert "engine" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("before", ["import utils, models.net", ""], ids=["before", "after"])
+def test_a_program_keeps_its_own_utils_and_models(tmp_path, before):
+    for file in ("utils.py", "models/__init__.py", "models/net.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("mine = True\n")
+    (tmp_path / "program.py").write_text(PROGRAM.format(root=str(ROOT), before=before))
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_classifier_follows_its_weights(images):
+    """Deployed copies are made anew where the weights were changed, moved, or trained."""
+    torch.manual_seed(0)
+    resnet, policy_net = models.build("R14_C10")
+    net = Classifier(resnet, policy_net, models.config("R14_C10")).eval()
+    before = net(images)
+    assert torch.equal(copy.deepcopy(net)(images), before)
+    assert net.double()(images).dtype == torch.float64
+    torch.testing.assert_close(net(images), before, check_dtype=False, rtol=1e-4, atol=1e-4)
+    net.float().train()
+    assert net(images).requires_grad
+    with torch.no_grad():
+        net.resnet.fc.bias += 1
+    trained = net.eval()(images)
+    anew = Classifier(net.resnet, net.policy_net, models.config("R14_C10")).eval()
+    assert not torch.allclose(trained, before, atol=0.1)
+    torch.testing.assert_close(trained, anew(images))
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state["resnet.fc.bias"] += 1
+    net.load_state_dict(state)
+    torch.testing.assert_close(net(images), trained + 1, rtol=1e-4, atol=1e-4)
+
+
+def test_other_shapes_are_refused(images):
+    net = Classifier(*models.build("R14_C10"), models.config("R14_C10")).eval()
+    with pytest.raises(ValueError, match=r"\(6, 32, 32, 3\), not \(B, 3, H, W\)"):
+        net(images.permute(0, 2, 3, 1))
