@@ -20,6 +20,7 @@ import utils
 
 from .aig import CLOSED, OPEN, Gate, GatedResNet
 from .policy import Halve, PolicyAtPenalty, PolicyNet
+from .quantization import Range, Ranges, weight_scales
 from .registry import Config
 from .resnet import PoolAndPad, ResNet
 
@@ -37,16 +38,18 @@ def build(
     static: Tensor,
     config: Config,
     opset: int = DEFAULT_OPSET,
+    ranges: Ranges | None = None,
 ) -> onnx.ModelProto:
     """An image, uint8 (1, H, W, 3) in RGB, to `logits` (1, classes) and its `policy` (1, K).
 
     The policy network decides, or ConvNet-AIG's gates, or else the policy `static` (K,), whose
-    dropped blocks are left out. Networks are read in evaluation mode. Raises ValueError for an
-    opset that lacks an operator.
+    dropped blocks are left out. Networks are read in evaluation mode. With `ranges` the
+    convolutions that were observed compute in int8. Raises ValueError for an opset that lacks an
+    operator.
     """
     if opset not in OPSETS:
         raise ValueError(f"opset {opset}: take one of {OPSETS[0]} to {OPSETS[-1]}")
-    graph = Graph()
+    graph = Graph(ranges)
     with torch.no_grad():
         x = pixels(graph, config)
         if isinstance(resnet, GatedResNet):
@@ -75,13 +78,14 @@ def build(
 class Graph:
     """Nodes and constants in the making; a branch of an `If` also sees its surroundings' names."""
 
-    def __init__(self, taken: set[str] | None = None):
+    def __init__(self, ranges: Ranges | None = None, taken: set[str] | None = None):
+        self.ranges = Ranges() if ranges is None else ranges
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self.taken = {"image", "logits", "policy"} if taken is None else taken
 
     def branch(self) -> "Graph":
-        return Graph(self.taken)
+        return Graph(self.ranges, self.taken)
 
     def name(self, wanted: str) -> str:
         """That name, with a number where it is taken: names differ across all branches."""
@@ -128,14 +132,39 @@ def pixels(graph: Graph, config: Config) -> str:
     return graph.add("Transpose", x, perm=[0, 3, 1, 2])
 
 
-def conv(graph: Graph, x: str, layer: nn.Conv2d, norm: nn.BatchNorm2d) -> str:
-    """A convolution with its BatchNorm folded in, in double precision."""
+def conv(graph: Graph, x: str, layer: nn.Conv2d, norm: nn.BatchNorm2d, sums: bool = False) -> str:
+    """A convolution with its BatchNorm folded in, in double precision.
+
+    In int8 where its ranges are known. Runtimes fuse it with what rounds its output: that is the
+    next convolution, or, where the output goes into a sum (`sums`), a rounding of its own.
+    """
     folded = fuse_conv_bn_eval(deepcopy(layer).double().eval(), deepcopy(norm).double().eval())
-    weight, bias = graph.constant(folded.weight, "weight"), graph.constant(folded.bias, "bias")
-    (top, left), sides = layer.padding, list(layer.kernel_size)
-    pads = [top, left, top, left]
-    strides = list(layer.stride)
-    return graph.add("Conv", x, weight, bias, kernel_shape=sides, pads=pads, strides=strides)
+    pads, strides = list(layer.padding) * 2, list(layer.stride)
+    geometry = {"kernel_shape": list(layer.kernel_size), "pads": pads, "strides": strides}
+    if layer not in graph.ranges:
+        weight, bias = graph.constant(folded.weight, "weight"), graph.constant(folded.bias, "bias")
+        return graph.add("Conv", x, weight, bias, **geometry)
+    step, _ = graph.ranges[layer].scale()
+    steps = weight_scales(folded.weight)
+    weight = stored(graph, folded.weight, steps, np.int8)
+    bias = stored(graph, folded.bias, steps * step, np.int32)
+    x = graph.add("Conv", rounded(graph, x, graph.ranges[layer]), weight, bias, **geometry)
+    return rounded(graph, x, graph.ranges[norm]) if sums else x
+
+
+def rounded(graph: Graph, x: str, seen: Range) -> str:
+    """Numbers rounded to uint8, as what they stand for."""
+    step, zero = seen.scale()
+    scale = graph.constant(np.float32(step), "step"), graph.constant(np.uint8(zero), "zero")
+    return graph.add("DequantizeLinear", graph.add("QuantizeLinear", x, *scale), *scale)
+
+
+def stored(graph: Graph, value: Tensor, steps: Tensor, kind: type) -> str:
+    """Weights kept as whole numbers, with a step for each output channel."""
+    whole = (value / steps.view(-1, *[1] * (value.ndim - 1))).round()
+    whole = graph.constant(whole.numpy(force=True).astype(kind), "whole")
+    zeros = graph.constant(np.zeros(len(steps), kind), "zeros")
+    return graph.add("DequantizeLinear", whole, graph.constant(steps, "steps"), zeros, axis=0)
 
 
 def linear(graph: Graph, x: str, layer: nn.Linear) -> str:
@@ -153,14 +182,15 @@ def shortcut_of(graph: Graph, x: str, shortcut: nn.Module) -> str:
     if isinstance(shortcut, PoolAndPad):
         pads = np.array([0, 0, 0, 0, 0, shortcut.extra_channels, 0, 0])
         return graph.add("Pad", average(graph, x, 2), graph.constant(pads, "pads"))
-    return conv(graph, x, *shortcut)
+    return conv(graph, x, *shortcut, sums=True)
 
 
 def kept(graph: Graph, x: str, shortcut: str, branch: nn.Module) -> str:
     """relu(shortcut + F(x))."""
     count = sum(name.startswith("conv") for name, _ in branch.named_children())
     for i in range(1, count + 1):
-        x = conv(graph, x, getattr(branch, f"conv{i}"), getattr(branch, f"bn{i}"))
+        layer, norm = getattr(branch, f"conv{i}"), getattr(branch, f"bn{i}")
+        x = conv(graph, x, layer, norm, sums=i == count)
         if i < count:
             x = graph.add("Relu", x)
     return graph.add("Relu", graph.add("Add", x, shortcut))

@@ -18,7 +18,7 @@ from engine import checkpoint
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from models import onnx_graph  # noqa: E402
+from models import onnx_graph, quantization  # noqa: E402
 
 
 def scatter(network, seed=0):
@@ -309,3 +309,42 @@ def test_openvino_gives_the_same(export, images, tmp_path):
         expected = utils.most_probable(policy_net(x)[0])
         torch.testing.assert_close(policy, expected)
         torch.testing.assert_close(logits, resnet(x, expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [TINY, "AIG14_C10"])
+def test_int8(images, name):
+    """Whole numbers within the grids they are stored on, and nearly the same classes."""
+    torch.manual_seed(1)
+    resnet, policy_net = (n and scatter(n) for n in models.build(name))
+    x = pixels(name, images)
+    keep = torch.tensor([1.0, 1, 0, 1, 1, 1])
+    run = resnet if policy_net is None else lambda x: (resnet(x, keep.expand(len(x), -1)),)
+    ranges = quantization.observe([resnet], run, [x])
+    convs = [m for m in resnet.modules() if isinstance(m, torch.nn.Conv2d)]
+    seen = sum(conv in ranges for conv in convs)
+    assert seen == len(convs) - (3 if policy_net else 1)  # the stem and the dropped block
+    config = models.config(name)
+    model = onnx_graph.build(resnet, None, keep, config, ranges=ranges)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    logits = torch.cat(
+        [torch.tensor(session.run(["logits"], {"image": i[None].numpy()})[0]) for i in images]
+    )
+    with torch.no_grad():
+        expected = run(x)[0]
+    difference = (logits - expected).abs().amax(1) / expected.abs().amax(1)
+    assert 1e-5 < difference.max() < 0.1, difference
+
+
+def test_export_in_int8(export, images, tmp_path):
+    stage2(tmp_path / "ckpt.t7", images)
+    status, out, err, file = export("--load", tmp_path / "ckpt.t7", "--int8")
+    assert status == 0 and "of the policies" in out, err
+    assert "QuantizeLinear" in kinds(file) and facts(file)["arithmetic"] == "int8"
+
+
+def test_a_poor_int8_file_is_not_kept(export, images, tmp_path, monkeypatch):
+    stage2(tmp_path / "ckpt.t7", images)
+    monkeypatch.setattr(quantization.Range, "scale", lambda seen: (100.0, 0))
+    status, _, err, file = export("--load", tmp_path / "ckpt.t7", "--int8")
+    assert status == 2 and "nothing is written" in err and not file.exists()
