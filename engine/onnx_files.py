@@ -1,0 +1,127 @@
+"""From trained networks to an ONNX file, and how what it gives compares with them.
+
+The packages onnx and onnxruntime are imported where they are used: training does without.
+"""
+
+from importlib import import_module
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import models
+import utils
+from models import quantization
+
+from .process import UserError, user_errors
+from .trained import TrainedModel
+
+CALIBRATION = 512  # training images that show int8 its scales
+
+
+def need(*packages: str) -> None:
+    """Refuse to go on without packages that training does without."""
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError:
+            raise UserError(
+                f"the package {package} is not there: pip install -r requirements-export.txt"
+            ) from None
+
+
+def build(trained: TrainedModel, opset: int, ranges: quantization.Ranges | None = None):
+    """The ONNX model of what was trained; see `models.onnx_graph.build`."""
+    import onnx
+
+    from models import onnx_graph
+
+    networks = trained.resnet, trained.policy_net, trained.static
+    with user_errors("--opset"):
+        model = onnx_graph.build(*networks, trained.config, opset, ranges)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def calibrate(trained: TrainedModel, train) -> quantization.Ranges:
+    """What the networks meet on some training images, under their own policies."""
+    batches = -(-CALIBRATION // train.batch_size)
+    images = (images for images, _, _ in islice(train.epoch(0), batches))
+    networks = filter(None, (trained.resnet, trained.policy_net))
+    return quantization.observe(networks, trained.run, images)
+
+
+def session(content: bytes):
+    """ONNX Runtime on a file's content, with as many threads as PyTorch has."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+
+
+def compare(content: bytes, trained: TrainedModel, test) -> dict[str, Tensor]:
+    """Run the file and PyTorch on the same N images.
+
+    Returns policies (N, K) and whether the class is right (N,) as the file has them; the largest
+    difference of logits, relative to the largest logit, whether policy and class are the same, and
+    the margins, all (N,).
+    """
+    run, margins = session(content), Margins(trained)
+    parts: dict[str, list[Tensor]] = {}
+    done = 0
+    for images, labels, _ in test.epoch(0):
+        with torch.no_grad():
+            logits, policy = trained.run(images)
+        rows = [
+            run.run(["logits", "policy"], {"image": test.picture(done + row)[None]})
+            for row in range(len(images))
+        ]
+        done += len(images)
+        theirs, their_policy = (
+            torch.from_numpy(np.concatenate(r)) for r in zip(*rows, strict=True)
+        )
+        found = {
+            "policy": their_policy,
+            "correct": theirs.argmax(1) == labels,
+            "difference": (theirs - logits).abs().amax(1) / logits.abs().amax(1),
+            "same_policy": (their_policy == policy).all(1),
+            "same_class": theirs.argmax(1) == logits.argmax(1),
+            "margin": margins.take(len(images)),
+        }
+        for name, part in found.items():
+            parts.setdefault(name, []).append(part)
+    return {name: torch.cat(part) for name, part in parts.items()}
+
+
+class Margins:
+    """How near, in probability, each image's nearest decision is to the other outcome.
+
+    Watches the networks while they run; `take` gives those of the last batch, (B,).
+    """
+
+    def __init__(self, trained: TrainedModel):
+        self.found: list[Tensor] = []
+        net = trained.policy_net
+        if isinstance(trained.resnet, models.GatedResNet):
+            for gate in trained.resnet.gates:
+                self.watch(gate, lambda z: (z.softmax(1)[:, 1] - 0.5).abs())
+        elif isinstance(net, models.PolicyAtPenalty):
+            self.watch(net.correctness, lambda z: lead(z, net))
+        elif net is not None:
+            self.watch(net.logit, lambda z: (z.sigmoid() - 0.5).abs().amin(1))
+
+    def watch(self, module: nn.Module, margin) -> None:
+        module.register_forward_hook(lambda _, __, output: self.found.append(margin(output)))
+
+    def take(self, count: int) -> Tensor:
+        found, self.found = self.found, []
+        return torch.stack(found).amin(0) if found else torch.ones(count)
+
+
+def lead(logits: Tensor, net: models.PolicyAtPenalty) -> Tensor:
+    """By how much the best candidate's expected reward leads, (B, C) to (B,)."""
+    candidates = net.correctness.candidates
+    best = utils.expected_reward(logits.sigmoid(), candidates, net.penalty).topk(2).values
+    return best[:, 0] - best[:, 1]
