@@ -25,14 +25,9 @@ def parse_args():
     parser = options.parser(__doc__)
     options.add_base(parser)
     options.add_static(parser)
+    options.add_chosen_penalty(parser)
     add = parser.add_argument
     add("--load", help="stage-1, stage-2 or AIG checkpoint, or the cv_dir that holds last.t7")
-    add(
-        "--penalty",
-        type=options.finite,
-        help="choose policies for this reward of a wrong prediction, where the checkpoint comes "
-        "from cl_training.py --warm_start",
-    )
     add("--out", type=Path, required=True, help="the file to write")
     add("--force", action="store_true", help="write over --out")
     add("--check", type=options.count, default=64, help="test images that the file is tried on")
@@ -115,7 +110,7 @@ def metadata(args, trained: TrainedModel, class_names: list[str], figures: dict)
     }
     if args.load:
         path = Path(args.load)
-        path = path / engine.checkpoint.LAST if path.is_dir() else path
+        path = engine.checkpoint.newest(path) if path.is_dir() else path
         facts["checkpoint"] = path.name
         facts["checkpoint_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return {name: str(value) for name, value in facts.items() if value is not None}
