@@ -24,6 +24,13 @@ def parse_args():
     add("--load", help="stage-1, stage-2 or AIG checkpoint, or the cv_dir that holds last.t7")
     add("--sample_gates", action="store_true", help="AIG: draw the gates, do not take the likelier")
     add("--batch_size", type=options.count, default=1000, help="images a step")
+    add(
+        "--row_multiple",
+        type=options.count,
+        default=1,
+        help="run each block on a multiple of so many images, some of them twice: other batch "
+        "sizes than these may be slow on a GPU; changes no result",
+    )
     add("--time", action="store_true", help="also time the deployed networks at this batch size")
     add(
         "--dependence",
@@ -93,6 +100,7 @@ def main() -> None:
     trained = TrainedModel(args, config)
     if config.gated:
         trained.resnet.sample_gates = args.sample_gates
+    trained.plain.row_multiple = args.row_multiple
     _, test = engine.data.load(config, args, trained.device, training=False)
     if args.dependence and trained.policy_net is None:
         raise UserError("--dependence asks of a policy network: there is none here")

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 
+import measure  # noqa: F401  it makes the packages beside this folder known
 import torch
 from torch import Tensor, nn
 

@@ -229,3 +229,14 @@ def test_all_weights_learn_under_autocast_after_a_pass_without_gradients():
         loss = resnet(images, policy).sum()
     loss.backward()
     assert all(parameter.grad is not None for parameter in resnet.parameters())
+
+
+def test_tensorboards_writer_is_pytorchs_own_where_the_other_is_missing(monkeypatch, tmp_path):
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.made = folder, purge_step
+
+    own = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", own)
+    assert engine.logs.summary_writer(tmp_path, 3).made == (str(tmp_path), 3)

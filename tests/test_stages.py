@@ -204,14 +204,14 @@ def test_pretrain_learns_and_its_file_is_a_base(run, common, tmp_path):
     assert json.loads(figures.read_text())["accuracy"] == accuracy
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+@pytest.mark.parametrize("batch_size, multiple", [(1, 1), (7, 4), (1000, 1)])
 def test_profile_prints_four_lines_at_any_batch_size(
-    run, common, base_file, stage_1, cifar_dir, tmp_path, batch_size
+    run, common, base_file, stage_1, cifar_dir, tmp_path, batch_size, multiple
 ):
     figures = tmp_path / "figures.json"
     status, out, err = run(
         "test", *common, "--base", base_file, "--load", named(stage_1)[1],
-        "--batch_size", batch_size, "--json", figures,
+        "--batch_size", batch_size, "--json", figures, "--row_multiple", multiple,
     )  # fmt: skip
     assert status == 0, err
     number, power = r"\d+\.\d{3}", r"\d\.\d\dE[+-]\d\d"
