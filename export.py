@@ -39,14 +39,17 @@ def parse_args():
     add("--opset", type=options.count, default=17, help="version of ONNX's operators")
     add("--batch_size", type=options.count, default=250, help="images a step in PyTorch")
     parser.set_defaults(device="cpu")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def refuse(args) -> None:
+    """What can be known before any work is done."""
     if args.precision != "fp32":
         raise UserError(f"--precision {args.precision}: a file holds fp32, a runtime may round it")
     if args.out.exists() and not args.force:
         raise UserError(f"{args.out} is there already: take another name, or --force")
     if not args.out.parent.is_dir():
         raise UserError(f"{args.out}: there is no directory {args.out.parent}")
-    return args
 
 
 def check(content: bytes, trained: TrainedModel, test, int8: bool = False) -> dict:
@@ -122,6 +125,7 @@ def is_full(trained: TrainedModel) -> bool:
 
 def main() -> None:
     args = parse_args()
+    refuse(args)
     onnx_files.need("onnx", "onnxruntime")
     config = engine.data.config_of(args)
     engine.device.seed_everything(args.seed)

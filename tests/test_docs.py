@@ -12,7 +12,7 @@ from conftest import script_module
 from engine.checkpoint import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = ("pretrain", "cl_training", "finetune", "aig_training", "test", "visualize")
+SCRIPTS = ("pretrain", "cl_training", "finetune", "aig_training", "test", "visualize", "export")
 # what makes a long command short; the last value of an option holds
 SHORT = {
     "pretrain": ["--max_epochs", "1", "--batch_size", "10"],

@@ -1,0 +1,199 @@
+"""One image at a time: the exported files in ONNX Runtime and OpenVINO, and PyTorch beside them.
+
+    python benchmarks/runtimes.py --model R110_C10 --load cv/R110_C10/final/ckpt*.t7
+    python benchmarks/runtimes.py --model R110_C10 --load ... --accuracy 10000
+
+The full network is the base ResNet (--base), ConvNet-AIG's own; ours comes with what decides.
+`FLOP ratio` is what the speed-up over the full network could at best be. int8 is beside float32:
+convolutions with scales from training images.
+"""
+
+import argparse
+import copy
+import io
+import json
+import sys
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from measure import interleaved, machine, table
+
+import engine
+import models
+import utils
+from engine import onnx_files, options
+from engine.trained import TrainedModel
+
+IMAGES = 64  # whose policies are timed, in turn
+OPSET = 17
+
+
+def parse_args():
+    parser = options.parser(__doc__)
+    options.add_base(parser)
+    add = parser.add_argument
+    add("--load", required=True, help="checkpoint of the network that decides")
+    add("--threads", type=options.count, nargs="+", default=[1, 2])
+    add("--repeats", type=options.count, default=30, help="rounds of all contenders")
+    add("--budget", type=options.positive, default=120.0, help="seconds a number of threads")
+    add("--accuracy", type=options.count, help="also each file's accuracy on the first N images")
+    add("--json", type=Path, help="also write the figures to this file")
+    parser.set_defaults(device="cpu", policy=None, penalty=None, batch_size=250)
+    return parser.parse_args()
+
+
+def full_of(trained: TrainedModel) -> TrainedModel:
+    """The network that runs all its blocks."""
+    if trained.config.gated:
+        full = copy.copy(trained)
+        full.resnet, full.static = trained.resnet.resnet, torch.ones(trained.config.num_blocks)
+        full.config = models.config(trained.config.name)
+        full.run = lambda images: (full.resnet(images), full.static.expand(len(images), -1))
+        return full
+    args = argparse.Namespace(**{**vars(trained.args), "load": None})
+    return TrainedModel(args, trained.config)
+
+
+def files(trained: TrainedModel, train) -> dict[str, bytes]:
+    """The four exported files, by name."""
+    made = {}
+    for name, network in (("full", full_of(trained)), ("ours", trained)):
+        made[f"{name}, float32"] = onnx_files.build(network, OPSET).SerializeToString()
+        ranges = onnx_files.calibrate(network, train)
+        made[f"{name}, int8"] = onnx_files.build(network, OPSET, ranges).SerializeToString()
+    return made
+
+
+def openvino_network(content: bytes, precision: str, threads: int) -> Callable:
+    """A compiled network's call on {"image": array}."""
+    import openvino
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    core = openvino.Core()
+    network = core.compile_model(core.read_model(io.BytesIO(content)), "CPU", settings)
+    return network.create_infer_request().infer
+
+
+def deployed(trained: TrainedModel, precision: str, full: bool) -> Callable:
+    """PyTorch's call on one normalised image."""
+    network, policy_net = models.deploy(
+        trained.resnet, trained.policy_net, engine.device.dtype(precision)
+    )
+    if trained.config.gated:
+        return network.resnet if full else network
+    decide = trained.decider(policy_net)
+    return network if full else lambda x: network(x, decide(x))
+
+
+def contenders(made: dict[str, bytes], trained: TrainedModel, arrays, tensors, threads: int):
+    """Name -> a call without arguments, which runs the next image."""
+    fast = models.capabilities.bf16_onednn()
+    calls = {}
+
+    def add(name: str, call: Callable, images) -> None:
+        turn = cycle(images)
+        calls[name] = lambda: call(next(turn))
+
+    feeds = [{"image": array} for array in arrays]
+    for which in ("full", "ours"):
+        for precision in ("fp32", "bf16") if fast else ("fp32",):
+            title = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+            call = deployed(trained, precision, which == "full")
+            add(f"PyTorch, deployed | {which}, {title}", call, tensors)
+        for arithmetic in ("float32", "int8"):
+            content = made[f"{which}, {arithmetic}"]
+            run = onnx_files.session(content).run
+            add(f"ONNX Runtime | {which}, {arithmetic}", lambda x, run=run: run(None, x), feeds)
+            call = openvino_network(content, "f32", threads)
+            add(f"OpenVINO | {which}, {arithmetic}", call, feeds)
+        if fast:
+            call = openvino_network(made[f"{which}, float32"], "bf16", threads)
+            add(f"OpenVINO | {which}, bfloat16", call, feeds)
+    return calls
+
+
+def rows_of(seconds: dict[str, float], ratio: float, threads: int) -> list[dict]:
+    """Speed-ups over the full network in the same runtime and arithmetic."""
+    rows = []
+    for name, value in seconds.items():
+        runtime, contender = name.split(" | ")
+        which, arithmetic = contender.split(", ")
+        speed_up = seconds[f"{runtime} | full, {arithmetic}"] / value
+        best = ratio if which == "ours" else 1.0
+        rows.append(
+            {
+                "threads": threads,
+                "runtime": runtime,
+                "arithmetic": arithmetic,
+                "network": which,
+                "ms": value * 1e3,
+                "speed_up": speed_up,
+                "flop_ratio": best,
+                "efficiency": speed_up / best,
+            }
+        )
+    return sorted(rows, key=lambda row: (row["runtime"], row["arithmetic"], row["network"]))
+
+
+def flop_ratio(trained: TrainedModel, tensors) -> float:
+    """The full network's FLOPs over ours on the timed images, decision included."""
+    with torch.no_grad():
+        policy = torch.cat([trained.run(x)[1] for x in tensors]).double()
+    size = (3, trained.config.image_size, trained.config.image_size)
+    fixed, per_block = utils.block_flops(trained.plain, size)
+    ours, _ = trained.flops()
+    return (fixed + per_block.sum().item()) / (ours + (policy @ per_block).mean().item())
+
+
+def main() -> None:
+    args = parse_args()
+    onnx_files.need("onnx", "onnxruntime", "openvino")
+    config = engine.data.config_of(args)
+    engine.device.seed_everything(args.seed)
+    trained = TrainedModel(args, config)
+    train, test = engine.data.load(config, args, trained.device)
+    made = files(trained, train)
+    images, _, _ = next(iter(test.epoch(0)))
+    count = min(IMAGES, len(images))
+    tensors = [images[row : row + 1] for row in range(count)]
+    arrays = [test.picture(row)[None] for row in range(count)]
+    ratio = flop_ratio(trained, tensors)
+    facts = machine()
+    print(json.dumps(facts))
+    rows = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        calls = contenders(made, trained, arrays, tensors, threads)
+        rows += rows_of(interleaved(calls, args.repeats, args.budget), ratio, threads)
+        print(file=sys.stderr, end=".", flush=True)
+    header = ["threads", "runtime", "arithmetic", "network", "ms", "speed-up", "FLOP ratio",
+              "quotient"]  # fmt: skip
+    print(
+        table(
+            header,
+            [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in rows],
+        )
+    )
+    accuracy = {}
+    if args.accuracy:
+        args.subset = args.accuracy
+        _, test = engine.data.load(config, args, trained.device, training=False)
+        for name, content in made.items():
+            network = full_of(trained) if name.startswith("full") else trained
+            found = onnx_files.compare(content, network, test)
+            accuracy[name] = found["correct"].double().mean().item()
+            blocks = found["policy"].sum(1).mean().item()
+            print(f"{name}: accuracy {accuracy[name]:.4f}, {blocks:.2f} blocks")
+    if args.json:
+        content = {"machine": facts, "rows": rows, "accuracy": accuracy}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    engine.run_script(main)
