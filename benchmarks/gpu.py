@@ -21,7 +21,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ImportError:
+    print("make gpu: this Python has no torch: name one that has, PYTHON=...", file=sys.stderr)
+    sys.exit(2)
 from measure import machine, table
 
 from engine import options, run_script
