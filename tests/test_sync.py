@@ -292,6 +292,7 @@ def on_gpu(name):
     return *networks, images.contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # by deepcopy
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["training", "evaluation", "deployed", "padded"])
 def test_forward_passes_stay_on_the_gpu(name, kind, fake):
