@@ -1,12 +1,12 @@
 #!/bin/sh
 # ConvNet-AIG beside BlockDrop's R32_C10: its blocks start from the same base ResNet, the
-# convolutions in its shortcuts and its gates from nothing. Twice as long as stage 2 for that.
+# convolutions in its shortcuts and its gates from nothing.
 MODEL=AIG32_C10
 . recipes/common.sh
 BASE=${BASE:-cv/pretrained/R32_C10}
 
-for target in 0.4 0.6; do
-    stage "target$target" aig_training --pretrained "$BASE" --target $target --max_epochs 6 \
+for target in 0.6 0.4; do
+    stage "target$target" aig_training --pretrained "$BASE" --target $target --max_epochs 12 \
         --batch_size 128 --lr 0.05 --schedule cosine
     profile "target$target" --load "$OUT/target$target"
 done
