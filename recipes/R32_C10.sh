@@ -1,5 +1,7 @@
 #!/bin/sh
-# R32_C10 from nothing: one training a row of the table in docs/results.md.
+# R32_C10 from nothing: a ResNet for every route, one policy network for every penalty on it, and the
+# paper's two stages. Shipped are plain, base and curve; the rows of older stages come from another
+# base, cv/README.md has their commands.
 MODEL=R32_C10
 . recipes/common.sh
 
