@@ -4,7 +4,7 @@
     python benchmarks/runtimes.py --model R110_C10 --load ... --accuracy 10000
 
 The full network is the base ResNet (--base), ConvNet-AIG's own; ours comes with what decides.
-`FLOP ratio` is what the speed-up over the full network could at best be. int8 is beside float32:
+`FLOPs allow` is what the speed-up over the full network could at best be. int8 is beside float32:
 convolutions with scales from training images.
 """
 
@@ -119,26 +119,26 @@ def contenders(made: dict[str, bytes], trained: TrainedModel, arrays, tensors, t
 
 
 def rows_of(seconds: dict[str, float], ratio: float, threads: int) -> list[dict]:
-    """Speed-ups over the full network in the same runtime and arithmetic."""
+    """One row for a runtime and arithmetic: ours over the full network in the same."""
     rows = []
-    for name, value in seconds.items():
+    for name, full in seconds.items():
         runtime, contender = name.split(" | ")
         which, arithmetic = contender.split(", ")
-        speed_up = seconds[f"{runtime} | full, {arithmetic}"] / value
-        best = ratio if which == "ours" else 1.0
-        rows.append(
-            {
-                "threads": threads,
-                "runtime": runtime,
-                "arithmetic": arithmetic,
-                "network": which,
-                "ms": value * 1e3,
-                "speed_up": speed_up,
-                "flop_ratio": best,
-                "efficiency": speed_up / best,
-            }
-        )
-    return sorted(rows, key=lambda row: (row["runtime"], row["arithmetic"], row["network"]))
+        if which == "full":
+            ours = seconds[f"{runtime} | ours, {arithmetic}"]
+            rows.append(
+                {
+                    "threads": threads,
+                    "runtime": runtime,
+                    "arithmetic": arithmetic,
+                    "full_ms": full * 1e3,
+                    "ours_ms": ours * 1e3,
+                    "speed_up": full / ours,
+                    "flop_ratio": ratio,
+                    "efficiency": full / ours / ratio,
+                }
+            )
+    return sorted(rows, key=lambda row: (row["runtime"], row["arithmetic"]))
 
 
 def flop_ratio(trained: TrainedModel, tensors) -> float:
@@ -172,8 +172,8 @@ def main() -> None:
         calls = contenders(made, trained, arrays, tensors, threads)
         rows += rows_of(interleaved(calls, args.repeats, args.budget), ratio, threads)
         print(file=sys.stderr, end=".", flush=True)
-    header = ["threads", "runtime", "arithmetic", "network", "ms", "speed-up", "FLOP ratio",
-              "quotient"]  # fmt: skip
+    header = ["threads", "runtime", "arithmetic", "full, ms", "ours, ms", "speed-up",
+              "FLOPs allow", "quotient"]  # fmt: skip
     print(
         table(
             header,

@@ -271,23 +271,24 @@ def gated(graph: Graph, net: GatedResNet, x: str) -> tuple[str, str]:
 
     def decide(k: int, x: str) -> str | bool:
         if k in net.always_on:
-            gates.append(graph.constant(np.ones((1, 1), bool), "open"))
+            gates.append(graph.constant(np.ones(1, bool), "open"))
             return True
         gates.append(is_open(graph, net.gates[k], x))
         return gates[-1]
 
     logits = network(graph, net.resnet, x, decide, rectify=True)
-    keep = graph.add("Concat", *gates, axis=1)
-    return logits, graph.add("Cast", keep, to=onnx.TensorProto.FLOAT)
+    keep = graph.add("Concat", *gates, axis=0)
+    row = graph.constant(np.array([1, net.num_blocks]), "shape")
+    policy = graph.add("Cast", keep, to=onnx.TensorProto.FLOAT)
+    return logits, graph.add("Reshape", policy, row)
 
 
 def is_open(graph: Graph, gate: Gate, x: str) -> str:
-    """Whether the logit of executing is the larger one: bool (1, 1)."""
+    """Whether the logit of executing is the larger one: bool (1,), as OpenVINO wants it."""
     gate = deepcopy(gate).double().eval()
     pooled = graph.add("Flatten", graph.add("GlobalAveragePool", x))
     hidden = graph.add("Relu", linear(graph, pooled, fuse_linear_bn_eval(gate.fc1, gate.fc1bn)))
-    # one row, the difference of the two
-    weight = (gate.fc2.weight[OPEN] - gate.fc2.weight[CLOSED])[:, None]
+    weight = gate.fc2.weight[OPEN] - gate.fc2.weight[CLOSED]
     z = graph.add("MatMul", hidden, graph.constant(weight, "weight"))
-    bound = graph.constant((gate.fc2.bias[CLOSED] - gate.fc2.bias[OPEN]).view(1, 1), "bound")
+    bound = graph.constant((gate.fc2.bias[CLOSED] - gate.fc2.bias[OPEN]).view(1), "bound")
     return graph.add("Greater", z, bound)

@@ -82,10 +82,22 @@ def export(run, cifar_dir, tmp_path):
 
 
 def outputs(file, images):
-    """Logits and policies that the file gives for uint8 images, one at a time."""
+    """Logits and policies that ONNX Runtime gives for uint8 images, one at a time."""
     session = onnxruntime.InferenceSession(file)
     rows = [session.run(["logits", "policy"], {"image": i[None].numpy()}) for i in images]
     return (torch.cat([torch.from_numpy(row[i]) for row in rows]) for i in (0, 1))
+
+
+def openvino_outputs(file, images):
+    """The same from OpenVINO."""
+    openvino = pytest.importorskip("openvino")
+    precise = {"INFERENCE_PRECISION_HINT": "f32"}
+    network = openvino.Core().compile_model(str(file), "CPU", precise)
+    rows = [network(image[None].numpy()) for image in images]
+    return (torch.cat([torch.tensor(row[name]) for row in rows]) for name in ("logits", "policy"))
+
+
+RUNTIMES = pytest.mark.parametrize("run_file", [outputs, openvino_outputs])
 
 
 def kinds(file):
@@ -107,15 +119,16 @@ def facts(file):
     return {entry.key: entry.value for entry in onnx.load(file).metadata_props}
 
 
-@pytest.mark.parametrize("name, size", [(TINY, None), ("R14_C100", 16), ("R32_C10", None)])
-def test_blockdrop(images, tmp_path, name, size):
+@RUNTIMES
+@pytest.mark.parametrize("name, size", [("R14_C100", 16), ("R32_C10", None)])
+def test_blockdrop(images, tmp_path, name, size, run_file):
     """In double precision on the other side; R32_C10 normalises."""
     resnet, policy_net = stage2(tmp_path / "ckpt.t7", images, name, size)
     config = models.config(name)
     model = onnx_graph.build(resnet, policy_net, torch.ones(config.num_blocks), config)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, tmp_path / "out.onnx")
-    logits, policy = outputs(tmp_path / "out.onnx", images)
+    logits, policy = run_file(tmp_path / "out.onnx", images)
     x = pixels(name, images).double()
     with torch.no_grad():
         expected_policy = policy_net.double()(x)[0].round()
@@ -137,7 +150,8 @@ def test_a_dropped_block_is_not_run(images, tmp_path):
     assert (logits.isnan().any(1) == policy[:, 3].bool()).all()
 
 
-def test_convnet_aig(images, tmp_path):
+@RUNTIMES
+def test_convnet_aig(images, tmp_path, run_file):
     torch.manual_seed(3)
     net = scatter(models.build("AIG14_C10")[0])
     net.set_targets([1, 0.5, 0.5, 0.5, 0.5, 0.5])
@@ -153,7 +167,7 @@ def test_convnet_aig(images, tmp_path):
     model = onnx_graph.build(net, None, torch.ones(6), models.config("AIG14_C10"))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, tmp_path / "out.onnx")
-    logits, policy = outputs(tmp_path / "out.onnx", images)
+    logits, policy = run_file(tmp_path / "out.onnx", images)
     assert 0.2 < gates[:, 1:].mean() < 0.8 and (gates[:, 0] == 1).all()
     torch.testing.assert_close(policy, gates)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -294,21 +308,6 @@ def test_other_opsets(export, images, tmp_path, opset):
     stage2(tmp_path / "ckpt.t7", images)
     status, _, err, file = export("--load", tmp_path / "ckpt.t7", "--opset", opset)
     assert status == 0 and onnx.load(file).opset_import[0].version == int(opset), err
-
-
-def test_openvino_gives_the_same(export, images, tmp_path):
-    openvino = pytest.importorskip("openvino")
-    resnet, policy_net = stage2(tmp_path / "ckpt.t7", images)
-    _, _, _, file = export("--load", tmp_path / "ckpt.t7")
-    precise = {"INFERENCE_PRECISION_HINT": "f32"}
-    network = openvino.Core().compile_model(str(file), "CPU", precise)
-    rows = [network(image[None].numpy()) for image in images]
-    logits, policy = (torch.cat([torch.tensor(r[n]) for r in rows]) for n in ("logits", "policy"))
-    with torch.no_grad():
-        x = pixels(TINY, images)
-        expected = utils.most_probable(policy_net(x)[0])
-        torch.testing.assert_close(policy, expected)
-        torch.testing.assert_close(logits, resnet(x, expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [TINY, "AIG14_C10"])
