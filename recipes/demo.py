@@ -62,14 +62,14 @@ def stages() -> list[Stage]:
     return [
         Stage(
             "stage 1",
-            ["cl_training.py", *base, *policy, "--warm_start", "4", "--penalty", "-5"],
+            ["cl_training.py", *base, *policy, "--warm_start", "4", "--penalty", "-10"],
             images=10_000,
             epochs=4,
             test_every=4,
         ),
         Stage(
             "stage 2",
-            ["finetune.py", *base, "--resnet_lr", "0.005", "--penalty", "-5", "--pretrained"],
+            ["finetune.py", *base, "--resnet_lr", "0.005", "--penalty", "-10", "--pretrained"],
             images=20_000,
             epochs=3,
             test_every=3,
