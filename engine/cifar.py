@@ -131,7 +131,8 @@ def load(dataset: str, data_dir: str | Path, check: bool = True) -> dict[str, Te
     if not check:
         arrays = from_files(dataset, source, folder, check=False)
         if arrays is None:
-            raise UserError(f"no {places(source)} in {folder}, and --skip_data_check given")
+            missing = f"no {places(source)} in it" if folder.exists() else "no such directory"
+            raise UserError(f"{folder}: {missing}, and --skip_data_check given")
         return arrays
     cache = (folder.parent if folder.is_file() else folder) / f"{dataset}.pt"
     arrays = from_cache(source, cache)
