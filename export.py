@@ -23,11 +23,8 @@ LEAST_SAME = 0.9  # of the images get PyTorch's class from an int8 file, or it i
 
 def parse_args():
     parser = options.parser(__doc__)
-    options.add_base(parser)
-    options.add_static(parser)
-    options.add_chosen_penalty(parser)
+    options.add_trained(parser)
     add = parser.add_argument
-    add("--load", help="stage-1, stage-2 or AIG checkpoint, or the cv_dir that holds last.t7")
     add("--out", type=Path, required=True, help="the file to write")
     add("--force", action="store_true", help="write over --out")
     add("--check", type=options.count, default=64, help="test images that the file is tried on")

@@ -17,11 +17,8 @@ from engine.trained import TrainedModel
 
 def parse_args():
     parser = options.parser(__doc__)
-    options.add_base(parser)
-    options.add_static(parser)
-    options.add_chosen_penalty(parser)
+    options.add_trained(parser)
     add = parser.add_argument
-    add("--load", help="stage-1, stage-2 or AIG checkpoint, or the cv_dir that holds last.t7")
     add("--sample_gates", action="store_true", help="AIG: draw the gates, do not take the likelier")
     add("--batch_size", type=options.count, default=1000, help="images a step")
     add(

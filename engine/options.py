@@ -122,6 +122,16 @@ def add_chosen_penalty(options: Parser) -> None:
     )
 
 
+def add_trained(options: Parser) -> None:
+    """What names a trained network; see `engine.trained.TrainedModel`."""
+    add_base(options)
+    add_static(options)
+    add_chosen_penalty(options)
+    options.add_argument(
+        "--load", help="stage-1, stage-2 or AIG checkpoint, or the cv_dir that holds last.t7"
+    )
+
+
 def with_seed(name: str | None, seed: int) -> str | None:
     """A static policy's name; a random one's with the seed that it is drawn with."""
     return f"{name}:{seed}" if name and re.fullmatch(r"random:\d+", name) else name

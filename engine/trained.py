@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -144,15 +144,19 @@ class TrainedModel:
         own_flops = fixed + (policies.double() @ per_block).mean().item()
         deals = [accuracy(utils.deal(policies, seed), "shuffled") for seed in range(DEALS)]
 
+        @cache  # both questions may have the same answer
+        def named(name: str) -> dict[str, Any]:
+            policy = utils.static_policy(name, self.config.stages)
+            return {"policy": name, **under(policy, "static")}
+
         def best_static(fits: Callable[[Tensor], bool]) -> dict[str, Any]:
             """The better one of DistributeK and LateK, each with as many blocks as fit."""
             found = []
             for kind in ("distribute", "late"):
                 names = [f"{kind}:{keep}" for keep in range(self.config.num_blocks, -1, -1)]
                 for name in names:
-                    policy = utils.static_policy(name, self.config.stages)
-                    if fits(policy):
-                        found.append({"policy": name, **under(policy, "static")})
+                    if fits(utils.static_policy(name, self.config.stages)):
+                        found.append(named(name))
                         break
             return max(found, key=lambda row: row["accuracy"])
 
