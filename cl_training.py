@@ -11,6 +11,8 @@ import models
 import utils
 from engine import Shard, UserError, options, schedule, weights
 
+TABLE_EVERY = 8  # images a candidate table is computed for one of: the head has few weights
+
 
 def parse_args():
     parser = options.parser(__doc__)
@@ -46,8 +48,16 @@ def parse_args():
     return parser.parse_args()
 
 
-def start_policy(policy_net: models.PolicyNet, source: str, config: models.Config) -> None:
-    """Give the policy network those weights of another ResNet that fit, or a whole policy's."""
+def start_policy(
+    policy_net: models.PolicyNet,
+    correctness: models.Correctness | None,
+    source: str,
+    config: models.Config,
+) -> None:
+    """Give the policy network those weights of another ResNet that fit, or a whole policy's.
+
+    A ResNet's classes are those of the head that knows classes, where they are as many.
+    """
     if source == "none":
         return
     if source == "resnet18":
@@ -62,6 +72,9 @@ def start_policy(policy_net: models.PolicyNet, source: str, config: models.Confi
         state = weights.resnet_weights(content, source)
     if not models.load_fitting(policy_net.features, state):
         raise UserError(f"{source}: not one tensor fits the policy network")
+    if correctness is not None:
+        classes = {name.removeprefix("fc."): state[name] for name in state if "fc." in name}
+        models.load_fitting(correctness.classes, classes)
 
 
 def train_step(
@@ -77,7 +90,7 @@ def train_step(
 
     images (B, 3, H, W), labels (B,), mask (K,) of the blocks that are learned by now.
     """
-    probs, _ = policy_net(images)
+    probs, *_ = policy_net(images)
     policy_map = utils.most_probable(probs)
     probs = utils.bound(probs, args.alpha)
     noise = shard.noise(args.samples, probs.shape[1], device=probs.device).transpose(0, 1)
@@ -101,23 +114,34 @@ def warm_step(
     candidates: Tensor,
     args,
 ):
-    """Part of a batch's loss where every candidate's reward is known, since the ResNet is frozen.
+    """Part of a batch's loss where a policy's reward can be known: the ResNet is frozen.
 
-    The head learns under which of the candidates (C, K) the class is right, the policy to take the
-    one whose expected reward is largest by what the head says.
+    The policy network learns the class, by which it comes to know which images are hard; the head,
+    from a part of the images, how often the ResNet is right about such an image under each of the
+    candidates (C, K); and the policy, to take the one whose expected reward is largest by that.
     """
-    probs, predicted = learner(images)
-    policies = candidates[:, None].expand(-1, len(images), -1)
-    with torch.no_grad():
-        right = (resnet(images, policies).argmax(-1) == labels).T
-    loss = F.binary_cross_entropy_with_logits(predicted, right.to(predicted.dtype))
+    probs, predicted, classes = learner(images)
     expected = utils.expected_reward(predicted.detach().float().sigmoid(), candidates, args.penalty)
     chosen = expected.argmax(1)
-    policy, correct = candidates[chosen], right.gather(1, chosen[:, None])[:, 0]
+    policy = candidates[chosen]
     likelihood = utils.policy_gradient_loss(probs, policy, torch.ones_like(expected[:, 0]))
+    loss = F.cross_entropy(classes, labels, reduction="sum") + likelihood / policy.shape[1]
+    loss = loss / shard.total
+
+    rows = slice(-shard.start % TABLE_EVERY, None, TABLE_EVERY)
+    policies = candidates[:, None].expand(-1, len(images[rows]), -1)
+    with torch.no_grad():
+        right = (resnet(images[rows], policies).argmax(-1) == labels[rows]).T
+    known = -(-shard.total // TABLE_EVERY) * len(candidates)
+    loss = loss + (
+        F.binary_cross_entropy_with_logits(
+            predicted[rows], right.to(predicted.dtype), reduction="sum"
+        )
+        / known
+    )
+    policy, correct = policy[rows], right.gather(1, chosen[rows, None])[:, 0]
     reward = torch.where(correct, utils.reward_if_right(policy), args.penalty)
-    results = {"policy": policy, "reward": reward, "correct": correct}
-    return shard.share * loss + likelihood / policy.shape[1] / shard.total, results
+    return loss, {"policy": policy, "reward": reward, "correct": correct}
 
 
 def test_step(
@@ -137,24 +161,27 @@ def main() -> None:
         train, test = engine.data.load(config, args, run.device)
         resnet, policy_net = models.build(args.model, config.num_classes)
         run.load_base(resnet)
+        correctness = None
+        if args.warm_start:
+            candidates = utils.candidate_policies(config.stages).to(run.device)
+            num_features = policy_net.features.num_features
+            correctness = models.Correctness(num_features, config.num_classes, candidates)
         if not args.load:  # as released: pictures from a ResNet-18, CIFAR from nothing
             default = "resnet18" if config.has_pictures else "none"
-            start_policy(policy_net, args.policy_init or default, config)
+            start_policy(policy_net, correctness, args.policy_init or default, config)
             if args.policy_size and policy_net.size is None:
                 raise UserError(f"--policy_size is for CIFAR: {args.model} has a size")
             if args.policy_size:
                 policy_net.look_at(args.policy_size)
         run.place(resnet.requires_grad_(False).eval(), policy_net)
         learner = policy_net
-        if args.warm_start:
-            candidates = utils.candidate_policies(config.stages).to(run.device)
-            correctness = models.Correctness(policy_net.features.num_features, candidates)
+        if correctness is not None:
             run.place(correctness)
             learner = models.WithCorrectness(policy_net, correctness)
         learner = run.wrap(learner)
         optimizer = torch.optim.Adam(learner.parameters(), args.lr, weight_decay=args.wd)
         run.track("agent", policy_net)
-        if args.warm_start:
+        if correctness is not None:
             run.track("correctness", correctness)
         run.track("optimizer", optimizer)
         resnet.execution = args.execution

@@ -172,7 +172,7 @@ def load_correctness(
             f"{path}: its policy has gone on since it could choose for another penalty: {way_out}"
         )
     candidates = utils.candidate_policies(config.stages)
-    head = models.Correctness(policy_net.features.num_features, candidates)
+    head = models.Correctness(policy_net.features.num_features, config.num_classes, candidates)
     load_into(head, content, path)
     return head
 

@@ -298,15 +298,14 @@ class DeployedPolicyAtPenalty(nn.Module):
         self.num_blocks, self.size, self.penalty = policy.num_blocks, policy.size, policy.penalty
         self.shrink = policy.shrink
         self.features = DeployedResNet(policy.features, dtype)
-        self.correctness = deepcopy(policy.correctness)
-        self.linear = linear(policy.correctness.linear, self.features.wide)
+        self.correctness = deepcopy(policy.correctness).to(self.features.wide)
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `PolicyAtPenalty.forward`."""
         x = self.features(self.shrink(x))
         with torch.autocast(x.device.type, enabled=False):
-            return choose(F.linear(x, *self.linear), self)
+            return choose(self.correctness(x), self)
 
 
 class DeployedGate:

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 import utils
 
 from .aig import CLOSED, OPEN, Gate, GatedResNet
-from .policy import Halve, PolicyAtPenalty, PolicyNet
+from .policy import SURELY_NOT, Halve, PolicyAtPenalty, PolicyNet
 from .quantization import Range, Ranges, weight_scales
 from .registry import Config
 from .resnet import PoolAndPad, ResNet
@@ -253,7 +253,15 @@ def shrunk(graph: Graph, x: str, shrink: nn.Module, size: int) -> str:
 def best_candidate(graph: Graph, features: str, policy_net: PolicyAtPenalty) -> str:
     """The policy (1, K) of largest expected reward (Eq. 3) at the network's penalty."""
     head, penalty = policy_net.correctness, policy_net.penalty
-    right = graph.add("Sigmoid", linear(graph, features, head.linear))
+    classes = linear(graph, features, head.classes)
+    largest = graph.constant(np.array([head.largest]), "largest")
+    sure, order = graph.name("sure"), graph.name("order")
+    graph.nodes.append(
+        helper.make_node("TopK", [graph.add("LogSoftmax", classes, axis=1), largest], [sure, order])
+    )
+    sure = graph.add("Max", sure, graph.constant(np.float32(SURELY_NOT), "surely_not"))
+    hidden = graph.add("Relu", linear(graph, sure, head.hidden))
+    right = graph.add("Sigmoid", linear(graph, hidden, head.linear))
     # the expected reward is linear in the probability of being right
     ends = [
         utils.expected_reward(torch.full((len(head.candidates),), p), head.candidates, penalty)

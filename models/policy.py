@@ -12,6 +12,7 @@ import utils
 from .resnet import BasicBlock, CifarResNet, ImageNetResNet, ResNet
 
 POLICY_SIZES = (32, 16)  # pixels; 8 are measurably too few
+SURELY_NOT = -12.0  # a log-probability; how much smaller another one is tells nothing
 
 
 class PolicyNet(nn.Module):
@@ -76,31 +77,46 @@ class ImageNetPolicy(PolicyNet):
 class Correctness(nn.Module):
     """A head that predicts under which of C policies the ResNet will be right.
 
+    It does so from how sure the policy network itself is of the class, which `classes` tells: from
+    the largest log-probabilities, sorted, and from nothing else. Confidence is a measure of
+    difficulty that labels alone can teach, on images that the ResNet may know by heart.
+
     candidates: (C, K). Called with pooled features (B, num_features) it returns logits (B, C).
     """
 
-    def __init__(self, num_features: int, candidates: Tensor):
+    def __init__(self, num_features: int, num_classes: int, candidates: Tensor):
         super().__init__()
         self.register_buffer("candidates", candidates)
-        self.linear = nn.Linear(num_features, len(candidates))
+        self.classes = nn.Linear(num_features, num_classes)
+        self.largest = min(num_classes, 10)
+        self.hidden = nn.Linear(self.largest, 32)
+        self.linear = nn.Linear(32, len(candidates))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.linear(features)
+        return self.of_classes(self.classes(features))
+
+    def of_classes(self, logits: Tensor) -> Tensor:
+        """The same from logits of the classes, (B, num_classes)."""
+        sure = logits.log_softmax(-1).topk(self.largest).values.clamp_min(SURELY_NOT)
+        return self.linear(self.hidden(sure).relu())
 
 
 class WithCorrectness(nn.Module):
     """A policy network and a `Correctness` head that look at the image together.
 
-    Called like a policy network; in place of the value it returns the head's logits (B, C).
+    Called like a policy network; in place of the value it returns the head's logits (B, C) and
+    those of the classes. The head's loss does not reach the classes, which learn from labels.
     """
 
     def __init__(self, policy_net: PolicyNet, correctness: Correctness):
         super().__init__()
         self.policy_net, self.correctness = policy_net, correctness
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self.policy_net.features(self.policy_net.shrink(x))
-        return self.policy_net.heads(features)[0], self.correctness(features)
+        classes = self.correctness.classes(features)
+        right = self.correctness.of_classes(classes.detach())
+        return self.policy_net.heads(features)[0], right, classes
 
 
 class PolicyAtPenalty(nn.Module):

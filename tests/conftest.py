@@ -66,7 +66,7 @@ def policy_files(tmp_path_factory):
     content = {"agent": policy_net.state_dict(), "model": TINY, "epoch": 1, "args": {}}
     engine.checkpoint.write(content, folder / "policy.t7")
     candidates = utils.candidate_policies((2, 2, 2))
-    head = models.Correctness(policy_net.features.num_features, candidates).state_dict()
+    head = models.Correctness(policy_net.features.num_features, 10, candidates).state_dict()
     engine.checkpoint.write({**content, "correctness": head}, folder / "warm.t7")
     return folder
 

@@ -336,7 +336,7 @@ def test_losses_and_rewards_stay_on_the_gpu(stage, fake):
     elif stage == "1, warm":
         candidates = utils.candidate_policies((2, 2, 2)).to(GPU)
         with GPU:
-            head = models.Correctness(policy_net.features.num_features, candidates)
+            head = models.Correctness(policy_net.features.num_features, 10, candidates)
         learner = models.WithCorrectness(policy_net, head)
         step = partial(cl.warm_step, learner, fast, candidates=candidates)
     elif stage == "2":
