@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -120,8 +120,9 @@ class TrainedModel:
         policies (N, K) and correct (N,) are what the images of `test` have under their own ones.
         "shuffled" deals the same policies to other images, the mean of DEALS deals; "common" is the
         most frequent policy for all; "static" is the better one of DistributeK and LateK with as
-        many blocks, and "static_same_flops" with what deciding costs spent on blocks as well. Also
-        how many blocks the images get that the full network recognises, and those that it does not.
+        many blocks, and "static_same_flops" with what deciding costs spent on blocks as well; where
+        no K costs just as much, images are shared out between two neighbouring ones. Also how many
+        blocks the images get that the full network recognises, and those that it does not.
         """
 
         def accuracy(policies: Tensor, label: str) -> float:
@@ -149,18 +150,23 @@ class TrainedModel:
             policy = utils.static_policy(name, self.config.stages)
             return {"policy": name, **under(policy, "static")}
 
-        def best_static(fits: Callable[[Tensor], bool]) -> dict[str, Any]:
-            """The better one of DistributeK and LateK, each with as many blocks as fit."""
-            found = []
-            for kind in ("distribute", "late"):
-                names = [f"{kind}:{keep}" for keep in range(self.config.num_blocks, -1, -1)]
-                for name in names:
-                    if fits(utils.static_policy(name, self.config.stages)):
-                        found.append(named(name))
-                        break
+        def static(kind: str, cost: Tensor, target: float) -> dict[str, Any]:
+            """Of blocks that cost so much, (K,), as many as meet the target on average."""
+            names = [f"{kind}:{keep}" for keep in range(self.config.num_blocks + 1)]
+            policies = [utils.static_policy(name, self.config.stages) for name in names]
+            costs = torch.stack(policies).double() @ cost
+            fits = int((costs <= target * (1 + 1e-9)).sum()) - 1
+            row, missing = named(names[fits]), target - costs[fits].item()
+            if names[fits] == names[-1] or missing <= 1e-9 * target:
+                return row
+            more, share = named(names[fits + 1]), missing / costs.diff()[fits].item()
+            mixed = {n: (1 - share) * row[n] + share * more[n] for n in row if n != "policy"}
+            return {"policy": f"{names[fits]} and {names[fits + 1]}", **mixed}
+
+        def best_static(cost: Tensor, target: float) -> dict[str, Any]:
+            found = [static(kind, cost, target) for kind in ("distribute", "late")]
             return max(found, key=lambda row: row["accuracy"])
 
-        as_many = round(blocks.mean().item())
         full = loop.correct_under(
             self.resnet, torch.ones_like(policies), test, self.args.precision, "full"
         )
@@ -178,10 +184,8 @@ class TrainedModel:
                 "deals": deals,
             },
             "common": under(common, "common"),
-            "static": best_static(lambda policy: policy.sum() <= as_many),
-            "static_same_flops": best_static(
-                lambda policy: plain_fixed + policy.double() @ per_block <= own_flops
-            ),
+            "static": best_static(torch.ones_like(per_block), blocks.mean().item()),
+            "static_same_flops": best_static(per_block, own_flops - plain_fixed),
             "full": {"accuracy": full.double().mean().item(), "blocks": self.config.num_blocks},
             "blocks_where_full_is_right": blocks[full].mean().item(),
             "blocks_where_full_is_wrong": blocks[~full].mean().item(),

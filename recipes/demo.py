@@ -27,7 +27,7 @@ PENALTIES = (-0.5, -2, -5, -15, -50)  # that stage 1's one network is asked to c
 TEST_IMAGES = 10_000
 REHEARSED = 1024  # images an epoch of a rehearsal
 FEWEST = 512  # images an epoch, however slow the machine
-DEALT = 7  # evaluations more that test.py --dependence takes
+DEALT = 11  # evaluations more that test.py --dependence takes, at most
 RESERVE = 0.9  # of the time left is planned for
 
 
