@@ -1,7 +1,7 @@
 #!/bin/sh
 # R32_C10 from nothing: a ResNet for every route, one policy network for every penalty on it, and the
-# paper's two stages. Shipped are plain, base and curve; the rows of older stages come from another
-# base, cv/README.md has their commands.
+# paper's two stages. Shipped are all of them; the rows of older stages come from another base,
+# cv/README.md has their commands.
 MODEL=R32_C10
 . recipes/common.sh
 
@@ -14,17 +14,16 @@ BASE=$OUT/base
 stage classifier pretrain --model R8_C10 --max_epochs 25 --batch_size 256 --lr 0.4
 
 # Stage 1: one policy network for every penalty, then the curriculum and the policy gradient for one.
-WARM="--base $BASE --batch_size 128 --policy_size 16 --warm_start 4
+WARM="--base $BASE --batch_size 128 --policy_size 16 --warm_start 16
     --policy_init $(ls "$OUT"/classifier/pk_*.t7)"
-stage curve cl_training $WARM --max_epochs 4 --schedule cosine --penalty -5
-stage stage1 cl_training $WARM --load "$OUT/curve" --max_epochs 7 --penalty -5 --lr 2e-4 \
+stage curve cl_training $WARM --max_epochs 16 --schedule cosine --lr 3e-3 --penalty -5
+stage stage1 cl_training $WARM --load "$OUT/curve" --max_epochs 20 --penalty -5 --lr 2e-4 \
     --cl_step 5 --cl_blocks 5 --samples 2 --alpha 0.95 --beta 0.01
 
 # Stage 2: the ResNet for every penalty, and the paper's form, both networks for one penalty.
-TUNE="--base $BASE --batch_size 128 --schedule cosine --resnet_lr 0.02 --distill 0.5"
-stage penalties finetune $TUNE --pretrained "$OUT/curve/last.t7" --max_epochs 3 --penalty -5 \
-    --penalties -0.5 -50
-stage stage2 finetune $TUNE --pretrained "$OUT/stage1/last.t7" --max_epochs 3 --penalty -5
+TUNE="--base $BASE --batch_size 128 --schedule cosine --resnet_lr 0.02 --distill 0.5 --max_epochs 6"
+stage penalties finetune $TUNE --pretrained "$OUT/curve/last.t7" --penalty -5 --penalties -0.5 -50
+stage stage2 finetune $TUNE --pretrained "$OUT/stage1/last.t7" --penalty -5
 
 for penalty in -0.5 -2 -5 -15 -50; do
     profile "curve$penalty" --base "$BASE" --load "$OUT/curve" --penalty $penalty --dependence

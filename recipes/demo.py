@@ -27,6 +27,7 @@ PENALTIES = (-0.5, -2, -5, -15, -50)  # that stage 1's one network is asked to c
 TEST_IMAGES = 10_000
 REHEARSED = 1024  # images an epoch of a rehearsal
 FEWEST = 512  # images an epoch, however slow the machine
+DEALT_AT = -5  # the one of them whose policies are dealt to other images as well
 DEALT = 11  # evaluations more that test.py --dependence takes, at most
 RESERVE = 0.9  # of the time left is planned for
 
@@ -62,10 +63,10 @@ def stages() -> list[Stage]:
     return [
         Stage(
             "stage 1",
-            ["cl_training.py", *base, *policy, "--warm_start", "4", "--penalty", "-10"],
-            images=10_000,
-            epochs=4,
-            test_every=4,
+            ["cl_training.py", *base, *policy, *"--warm_start 8 --lr 3e-3 --penalty -10".split()],
+            images=20_000,
+            epochs=8,
+            test_every=8,
         ),
         Stage(
             "stage 2",
@@ -185,7 +186,7 @@ def main() -> None:
         paces.append(pace)
         print(f"   {stage.name}: {1 / pace.image:.0f} images/s", flush=True)
     spent = time.perf_counter() - began
-    tests = (len(PENALTIES) + 1) * test_seconds + DEALT * full["images"] * test_image
+    tests = (len(PENALTIES) + 1) * test_seconds + 2 * DEALT * full["images"] * test_image
     left = 60 * args.minutes - spent - tests
     images, trainings = plan(todo, paces, test_image, RESERVE * left)
     forecast = spent + trainings + tests
@@ -200,7 +201,7 @@ def main() -> None:
     for penalty in PENALTIES:
         names.append(f"penalty {penalty}")
         where = ["--base", BASE, "--load", str(policy), "--penalty", str(penalty)]
-        demo.profile(names[-1], *where)
+        demo.profile(names[-1], *where, *(["--dependence"] if penalty == DEALT_AT else []))
     print("== stage 2: both networks for one penalty", flush=True)
     tuned = demo.train(joint, policy, images[1])
     demo.profile("stage 2", "--load", str(tuned), "--dependence")

@@ -7,7 +7,7 @@ BASE=$OUT/base
 
 TUNE="--base $BASE --batch_size 128 --schedule cosine --resnet_lr 0.02 --distill 0.5"
 for keep in 6 8 10; do
-    stage "static$keep" finetune $TUNE --policy late:$keep --max_epochs 3
+    stage "static$keep" finetune $TUNE --policy late:$keep --max_epochs 6
     profile "static$keep" --load "$OUT/static$keep"
 done
 
