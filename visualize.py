@@ -381,7 +381,8 @@ def add_dependence(report: Report, predicted: Predictions) -> None:
         "Own: each image under its own policy. Shuffled: the same policies dealt to other images. "
         "Common: the most frequent one for all. Static: the better one of DistributeK and LateK "
         "with as many blocks, and with what deciding costs spent on blocks as well. All on the "
-        f"same network. Images that the full network gets right have {right:.2f} blocks, those that it gets wrong {wrong:.2f}.",
+        f"same network. Images that the full network gets right have {right:.2f} blocks, those "
+        f"that it gets wrong {wrong:.2f}.",
         points, "FLOPs an image", "{:.3g}")  # fmt: skip
 
 
