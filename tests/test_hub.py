@@ -73,6 +73,19 @@ def test_an_entry_is_its_checkpoint(entry, images):
     torch.testing.assert_close(net(images / 255), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_one_network_serves_every_budget(hub):
+    images = torch.rand(64, 3, 32, 32)
+    kept = []
+    for penalty in (-0.5, -5.0, -50.0):
+        net = hub.R32_C10_anytime(penalty=penalty)
+        policy = net.policy(images)
+        at = net.policy_net
+        assert at.penalty == penalty
+        torch.testing.assert_close(policy, at(net._pixels(images))[0])
+        kept.append(policy.sum().item())
+    assert kept == sorted(kept) and kept[0] < kept[-1]
+
+
 def test_without_pretrained_weights_are_random(hub, images):
     torch.manual_seed(0)
     first, second = hub.R32_C10(pretrained=False), hub.R32_C10(pretrained=False)
