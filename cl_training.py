@@ -1,5 +1,6 @@
 """Stage 1: curriculum learning of the policy network, the pretrained ResNet frozen (Alg. 1)."""
 
+import math
 from functools import partial
 
 import torch
@@ -132,13 +133,9 @@ def warm_step(
     policies = candidates[:, None].expand(-1, len(images[rows]), -1)
     with torch.no_grad():
         right = (resnet(images[rows], policies).argmax(-1) == labels[rows]).T
-    known = -(-shard.total // TABLE_EVERY) * len(candidates)
-    loss = loss + (
-        F.binary_cross_entropy_with_logits(
-            predicted[rows], right.to(predicted.dtype), reduction="sum"
-        )
-        / known
-    )
+    found = right.to(predicted.dtype)
+    error = F.binary_cross_entropy_with_logits(predicted[rows], found, reduction="sum")
+    loss = loss + error / (math.ceil(shard.total / TABLE_EVERY) * len(candidates))
     policy, correct = policy[rows], right.gather(1, chosen[rows, None])[:, 0]
     reward = torch.where(correct, utils.reward_if_right(policy), args.penalty)
     return loss, {"policy": policy, "reward": reward, "correct": correct}
@@ -161,11 +158,7 @@ def main() -> None:
         train, test = engine.data.load(config, args, run.device)
         resnet, policy_net = models.build(args.model, config.num_classes)
         run.load_base(resnet)
-        correctness = None
-        if args.warm_start:
-            candidates = utils.candidate_policies(config.stages).to(run.device)
-            num_features = policy_net.features.num_features
-            correctness = models.Correctness(num_features, config.num_classes, candidates)
+        correctness = models.build_correctness(config, policy_net) if args.warm_start else None
         if not args.load:  # as released: pictures from a ResNet-18, CIFAR from nothing
             default = "resnet18" if config.has_pictures else "none"
             start_policy(policy_net, correctness, args.policy_init or default, config)
@@ -199,7 +192,9 @@ def main() -> None:
             policy_net.train()
             step = partial(train_step, learner, resnet, mask=mask, args=now)
             if is_warm:
-                step = partial(warm_step, learner, resnet, candidates=candidates, args=now)
+                step = partial(
+                    warm_step, learner, resnet, candidates=correctness.candidates, args=now
+                )
             results = run.train_epoch(step, [optimizer], train)
             run.logs.policies("train", *utils.performance_stats(*results.of_policies()))
             if run.tests(epoch):

@@ -87,9 +87,7 @@ def _network(entry: str, pretrained: bool, penalty: float | None = None) -> _Cla
         if policy_net is not None:
             _models.load_policy(policy_net, content["agent"])
     if penalty is not None:
-        num_features = policy_net.features.num_features
-        candidates = _utils.candidate_policies(config.stages)
-        head = _models.Correctness(num_features, config.num_classes, candidates)
+        head = _models.build_correctness(config, policy_net)
         if pretrained:
             _models.load_strictly(head, content["correctness"])
         policy_net = _models.PolicyAtPenalty(policy_net, head, penalty)

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import models
-import utils
 from models import Config
 
 from . import checkpoint, options, ranks
@@ -171,8 +170,7 @@ def load_correctness(
         raise UserError(
             f"{path}: its policy has gone on since it could choose for another penalty: {way_out}"
         )
-    candidates = utils.candidate_policies(config.stages)
-    head = models.Correctness(policy_net.features.num_features, config.num_classes, candidates)
+    head = models.build_correctness(config, policy_net)
     load_into(head, content, path)
     return head
 

@@ -11,7 +11,7 @@ from .policy import (
     WithCorrectness,
     decider,
 )
-from .registry import Config, build, config, names
+from .registry import Config, build, build_correctness, config, names
 from .resnet import ResNet
 from .weights import load_fitting, load_gated, load_policy, load_resnet, load_strictly, load_ungated
 
@@ -27,6 +27,7 @@ __all__ = [
     "ResNet",
     "WithCorrectness",
     "build",
+    "build_correctness",
     "config",
     "decider",
     "deploy",

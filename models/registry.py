@@ -3,8 +3,10 @@
 import re
 from dataclasses import dataclass, replace
 
+import utils
+
 from .aig import GatedResNet
-from .policy import CifarPolicy, ImageNetPolicy, PolicyNet
+from .policy import CifarPolicy, Correctness, ImageNetPolicy, PolicyNet
 from .resnet import (
     BasicBlock,
     Bottleneck,
@@ -144,6 +146,12 @@ def build(
     if spec.has_pictures:
         return ungated(spec), ImageNetPolicy(spec.num_blocks)
     return ungated(spec), CifarPolicy(spec.num_blocks)
+
+
+def build_correctness(spec: Config, policy_net: PolicyNet) -> Correctness:
+    """The head by which a policy network chooses for any penalty, weights initialised."""
+    candidates = utils.candidate_policies(spec.stages)
+    return Correctness(policy_net.features.num_features, spec.num_classes, candidates)
 
 
 def ungated(spec: Config) -> ResNet:
