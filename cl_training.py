@@ -74,7 +74,9 @@ def start_policy(
     if not models.load_fitting(policy_net.features, state):
         raise UserError(f"{source}: not one tensor fits the policy network")
     if correctness is not None:
-        classes = {name.removeprefix("fc."): state[name] for name in state if "fc." in name}
+        classes = {
+            name.removeprefix("fc."): state[name] for name in state if name.startswith("fc.")
+        }
         models.load_fitting(correctness.classes, classes)
 
 

@@ -109,9 +109,6 @@ def _entry(name: str):
     return entry
 
 
-globals().update({_name: _entry(_name) for _name in _SHIPPED})
-
-
 def R32_C10_anytime(pretrained: bool = True, penalty: float = -5.0):
     """R32_C10 for any budget: the lower the penalty, the reward of a wrong class, the more blocks
     are run. -0.5 keeps 4.4 of 15 on average, -5 keeps 6.0, -50 keeps 10.3.
@@ -119,3 +116,6 @@ def R32_C10_anytime(pretrained: bool = True, penalty: float = -5.0):
     Returns a module as the other entries do.
     """
     return _network("R32_C10_anytime", pretrained, penalty)
+
+
+globals().update({_name: _entry(_name) for _name in _SHIPPED if _name not in globals()})

@@ -1,7 +1,7 @@
 #!/bin/sh
 # R32_C10 from nothing: a ResNet for every route, one policy network for every penalty on it, and the
-# paper's two stages. Shipped are all of them; the rows of older stages come from another base,
-# cv/README.md has their commands.
+# paper's two stages. Shipped are all but the stage 2 of this recipe; that one, and the rows of older
+# stages, come from another base, cv/README.md has their commands.
 MODEL=R32_C10
 . recipes/common.sh
 

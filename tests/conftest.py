@@ -14,7 +14,6 @@ import torch
 
 import engine
 import models
-import utils
 
 TINY = "R14_C10"  # two blocks a stage: K = 6
 
@@ -65,8 +64,7 @@ def policy_files(tmp_path_factory):
     _, policy_net = models.build(TINY)
     content = {"agent": policy_net.state_dict(), "model": TINY, "epoch": 1, "args": {}}
     engine.checkpoint.write(content, folder / "policy.t7")
-    candidates = utils.candidate_policies((2, 2, 2))
-    head = models.Correctness(policy_net.features.num_features, 10, candidates).state_dict()
+    head = models.build_correctness(models.config(TINY), policy_net).state_dict()
     engine.checkpoint.write({**content, "correctness": head}, folder / "warm.t7")
     return folder
 
