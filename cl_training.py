@@ -22,10 +22,8 @@ def parse_args():
     options.add_policy_stage(parser, epoch_step=10000, penalty=-1.0)
     add = parser.add_argument
     add("--beta", type=options.weight, default=0.1, help="weight of the entropy term")
-    add("--beta_end", type=options.weight, help="beta moves there in a line until the last epoch")
     add("--cl_step", type=options.count, default=1, help="blocks learned in the first epoch")
-    add("--cl_every", type=options.count, default=1, help="epochs until more blocks are learned")
-    add("--cl_blocks", type=options.count, default=1, help="blocks added each time")
+    add("--cl_blocks", type=options.count, default=1, help="blocks added each epoch")
     add(
         "--policy_init",
         help="start of the policy network: a ResNet's file, another policy's, resnet18 "
@@ -187,8 +185,8 @@ def main() -> None:
             now = schedule.at(args, epoch)
             schedule.scale_lr(optimizer, schedule.lr_factor(args, epoch - 1))
             is_warm = epoch <= args.warm_start
-            pace = args.cl_step, args.cl_every, args.cl_blocks
-            cl_step = utils.curriculum_step(epoch - args.warm_start, *pace)
+            cl_epoch = epoch - args.warm_start
+            cl_step = utils.curriculum_step(cl_epoch, args.cl_step, args.cl_blocks)
             cl_step = config.num_blocks if is_warm else cl_step
             mask = utils.curriculum_mask(config.num_blocks, cl_step, run.device)
             policy_net.train()

@@ -36,7 +36,6 @@ def parse_args():
         default=0.0,
         help="weight of learning the classes from the full base ResNet, out of 1 with the labels",
     )
-    add("--teacher", help="another full ResNet for --distill to learn from")
     add(
         "--freeze_policy",
         action="store_true",
@@ -65,10 +64,8 @@ def parse_args():
         raise UserError("--policy takes no policy network: leave --pretrained out")
     if args.freeze_policy and args.policy:
         raise UserError("--policy takes no policy network: leave --freeze_policy out")
-    if args.penalties and (args.policy or args.teacher):
-        raise UserError("--penalties has policies and a teacher of its own: leave the other out")
-    if args.teacher and not args.distill:
-        raise UserError("nothing is learned from --teacher: give --distill a weight")
+    if args.penalties and args.policy:
+        raise UserError("--penalties has policies of its own: leave --policy out")
     return args
 
 
@@ -91,12 +88,9 @@ def load_start(run: engine.Run, resnet: models.ResNet, policy_net: models.Policy
 
 
 def load_teacher(run: engine.Run) -> nn.Module:
-    """The full base ResNet, or --teacher, deployed: images (B, 3, H, W) to logits."""
+    """The full base ResNet, deployed: images (B, 3, H, W) to logits."""
     teacher, _ = models.build(run.args.model, run.config.num_classes)
-    if run.args.teacher:
-        weights.load_base(run.config, run.args.teacher, teacher)
-    else:
-        run.load_base(teacher)
+    run.load_base(teacher)
     run.place(teacher)
     return models.deploy(teacher, dtype=engine.device.dtype(run.args.precision))[0]
 

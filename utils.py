@@ -37,11 +37,9 @@ def sample(probs: Tensor, noise: Tensor | None = None) -> Tensor:
     return (noise < probs).to(probs.dtype)
 
 
-def curriculum_step(
-    epoch: int, first_step: int = 1, epochs_per_step: int = 1, blocks_per_step: int = 1
-) -> int:
-    """How many blocks are learned in an epoch, counted from 1: some more every so many epochs."""
-    return first_step + (epoch - 1) // epochs_per_step * blocks_per_step
+def curriculum_step(epoch: int, first_step: int = 1, blocks_per_step: int = 1) -> int:
+    """How many blocks are learned in an epoch, counted from 1: some more each epoch."""
+    return first_step + (epoch - 1) * blocks_per_step
 
 
 def curriculum_mask(

@@ -414,7 +414,7 @@ def add_curves(report: Report, predicted: Predictions) -> None:
 
 def curriculum_end(given: dict, num_blocks: int) -> int:
     """The first epoch in which all blocks are learned, by the options of a stage-1 run."""
-    pace = given["cl_step"], given.get("cl_every", 1), given.get("cl_blocks", 1)
+    pace = given["cl_step"], given.get("cl_blocks", 1)
     epochs = range(1, given["max_epochs"])
     return next((e for e in epochs if utils.curriculum_step(e, *pace) >= num_blocks), len(epochs))
 

@@ -188,4 +188,3 @@ def add_policy_stage(options: Parser, epoch_step: int, penalty: float) -> None:
     )
     add("--alpha", type=alpha, default=0.8, help="keeps probabilities within [1 - alpha, alpha]")
     add("--alpha_end", type=alpha, help="alpha moves there in a line until the last epoch")
-    add("--penalty_end", type=finite, help="penalty moves there in a line until the last epoch")

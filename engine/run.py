@@ -42,7 +42,7 @@ ALIASES = {"agent": ("agent", "net")}
 
 # options that do not change what is learned: a run may be gone on with under others
 FREE_OPTIONS = {
-    *("load", "cv_dir", "data_dir", "base", "pretrained", "teacher", "policy_init"),
+    *("load", "cv_dir", "data_dir", "base", "pretrained", "policy_init"),
     *("policy", "policy_size"),  # come from the checkpoint if they are not given
     *("max_epochs", "test_every", "save_minutes", "resume", "skip_data_check"),
     *("device", "parallel", "workers", "micro_batch", "precision", "deterministic"),

@@ -5,9 +5,6 @@ import math
 
 from torch import nn, optim
 
-MOVING = ("alpha", "beta", "penalty")  # each with an option <name>_end
-
-
 def cosine(progress: float, warmup: float = 0.0) -> float:
     """Learning-rate factor at `progress` in [0, 1]: up to 1 in a line, then a cosine to 0."""
     if progress < warmup:
@@ -29,14 +26,11 @@ def lr_factor(args: argparse.Namespace, epochs_done: float) -> float:
 
 
 def at(args: argparse.Namespace, epoch: int) -> argparse.Namespace:
-    """The options as they hold in an epoch: those with an `_end` move there in a line."""
-    progress = (epoch - 1) / max(args.max_epochs - 1, 1)
+    """The options as they hold in an epoch: alpha moves to `alpha_end` in a line."""
     now = argparse.Namespace(**vars(args))
-    for name in MOVING:
-        end = getattr(args, f"{name}_end", None)
-        if end is not None:
-            start = getattr(args, name)
-            setattr(now, name, start + (end - start) * progress)
+    if args.alpha_end is not None:
+        progress = (epoch - 1) / max(args.max_epochs - 1, 1)
+        now.alpha += (args.alpha_end - args.alpha) * progress
     return now
 
 

@@ -44,11 +44,10 @@ def test_learning_rates_step_after_named_epochs():
     assert factors == pytest.approx([1, 1, 0.1, 0.01, 0.01])
 
 
-def test_settings_with_an_end_move_there_in_a_line():
-    args = settings(alpha_end=1.0, penalty_end=-10.0)
+def test_alpha_moves_to_its_end_in_a_line():
+    args = settings(alpha_end=1.0)
     moved = [schedule.at(args, epoch) for epoch in range(1, 6)]
     assert [now.alpha for now in moved] == pytest.approx([0.8, 0.85, 0.9, 0.95, 1.0])
-    assert [now.penalty for now in moved] == pytest.approx([-2, -4, -6, -8, -10])
     assert args.alpha == 0.8 and schedule.at(settings(), 4).alpha == 0.8
     assert schedule.at(settings(max_epochs=1, alpha_end=0.9), 1).alpha == 0.8
 

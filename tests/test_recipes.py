@@ -11,7 +11,7 @@ from conftest import script_module
 
 from engine.checkpoint import ROOT
 
-RECIPES = ["R32_C10", "static", "R110_C10", "paper", "AIG32_C10", "folder"]
+RECIPES = ["R32_C10", "static", "R32_C100", "R110_C10", "paper", "AIG32_C10", "folder"]
 
 # Takes Python's place: notes a command and which of its files are not there, and leaves those that
 # it would write.
@@ -97,7 +97,7 @@ def test_the_table_and_the_picture_of_figures(tmp_path):
         assert words in picture
 
 
-@pytest.mark.parametrize("recipe", ["R32_C10", "paper"])
+@pytest.mark.parametrize("recipe", ["R32_C10", "R32_C100", "paper"])
 def test_rehearsal(recipe, commands, monkeypatch):
     monkeypatch.setenv("SUBSET", "64")
     for arguments, _ in commands(recipe):

@@ -1,0 +1,13 @@
+#!/bin/sh
+# R32_C100 from nothing, by recipes/chain.sh, and beside it, as long as its stage 2, a specialist for
+# one static policy and ConvNet-AIG. CIFAR-100 lies in data/, docs/data.md says in which forms.
+MODEL=R32_C100 PLAIN=24 ROUTES=14 WARM=16 GRADIENT=4 TUNE=6 FREED=5
+. recipes/chain.sh
+
+stage static8 finetune $FINETUNE --policy late:8
+profile static8 --load "$OUT/static8"
+MODEL=AIG32_C100
+stage AIG aig_training --pretrained "$BASE" --target 0.6 --max_epochs $((2 * TUNE)) --batch_size 128 \
+    --lr 0.05 --schedule cosine
+profile AIG --load "$OUT/AIG"
+table

@@ -1,0 +1,31 @@
+# One chain for every CIFAR model, from nothing: a ResNet for every route, one policy network for every
+# penalty on it, and the paper's two stages for --penalty -5. A recipe sets the lengths, in epochs
+# (PLAIN, ROUTES, WARM, GRADIENT, TUNE), and FREED, by how many blocks the curriculum grows an epoch.
+. recipes/common.sh
+
+# Stage 0: a plain ResNet, then one that serves every route.
+stage plain pretrain --max_epochs "$PLAIN" --batch_size 256 --lr 0.4
+stage base pretrain --routes --pretrained "$OUT/plain" --max_epochs "$ROUTES" --batch_size 128 --lr 0.1
+BASE=$OUT/base
+
+# The policy network starts from a classifier of its own size.
+stage classifier pretrain --model "R8_${MODEL#*_}" --max_epochs 25 --batch_size 256 --lr 0.4
+
+# Stage 1: one policy network for every penalty, then the curriculum and the policy gradient for one.
+START="--base $BASE --batch_size 128 --policy_size 16 --warm_start $WARM
+    --policy_init $(ls "$OUT"/classifier/pk_*.t7)"
+stage curve cl_training $START --max_epochs "$WARM" --schedule cosine --lr 3e-3 --penalty -5
+stage stage1 cl_training $START --load "$OUT/curve" --max_epochs $((WARM + GRADIENT)) --penalty -5 \
+    --lr 2e-4 --cl_step "$FREED" --cl_blocks "$FREED" --samples 2 --alpha 0.95 --beta 0.01
+
+# Stage 2: the ResNet for every penalty, and the paper's form, both networks for one penalty.
+FINETUNE="--base $BASE --batch_size 128 --schedule cosine --resnet_lr 0.02 --distill 0.5
+    --max_epochs $TUNE"
+stage penalties finetune $FINETUNE --pretrained "$OUT/curve/last.t7" --penalty -5 --penalties -0.5 -50
+stage stage2 finetune $FINETUNE --pretrained "$OUT/stage1/last.t7" --penalty -5
+
+for penalty in -0.5 -2 -5 -15 -50; do
+    profile "curve$penalty" --base "$BASE" --load "$OUT/curve" --penalty $penalty --dependence
+    profile "penalties$penalty" --load "$OUT/penalties" --penalty $penalty --dependence
+done
+stages --dependence
