@@ -5,6 +5,7 @@ import math
 
 from torch import nn, optim
 
+
 def cosine(progress: float, warmup: float = 0.0) -> float:
     """Learning-rate factor at `progress` in [0, 1]: up to 1 in a line, then a cosine to 0."""
     if progress < warmup:

@@ -432,7 +432,8 @@ def test_a_subset_is_told(run, common, base_file):
 
 FASTER = {  # than the released recipe: what the README offers, all at once
     "cl_training": ["--schedule", "cosine", "--alpha_end", 0.95, "--samples", 2, "--cl_blocks", 3],
-    "finetune": ["--schedule", "cosine", "--alpha_end", 0.95, "--resnet_lr", 0.01, "--distill", 0.5, "--recalibrate"],
+    "finetune": ["--schedule", "cosine", "--alpha_end", 0.95, "--resnet_lr", 0.01,
+                 "--distill", 0.5, "--recalibrate"],
 }  # fmt: skip
 
 
