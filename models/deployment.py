@@ -116,13 +116,18 @@ class Batch:
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.matrix = as_rows(self.images) if matrix is None else matrix
 
-    def take(self, rows: Tensor) -> "Batch":
-        """A copy of some rows."""
+    def take(self, rows: Tensor | range) -> "Batch":
+        """A copy of some rows; of a range the rows themselves."""
+        if isinstance(rows, range):
+            span = slice(rows.start, rows.stop)
+            return Batch(self.images[span], self.matrix[span])
         matrix = self.matrix.index_select(0, rows)
         return Batch(as_images(matrix, self.images), matrix)
 
-    def put_(self, rows: Tensor, kept: "Batch") -> None:
-        self.matrix.index_put_((rows,), kept.matrix)
+    def put_(self, rows: Tensor | range, kept: "Batch") -> None:
+        """Write back what `take` gave."""
+        if not isinstance(rows, range):
+            self.matrix.index_put_((rows,), kept.matrix)
 
 
 def refuse_unknown(module: nn.Module, known: Container[str], what: str) -> None:
@@ -169,7 +174,7 @@ class Block:
             return x
         return self.shortcut(x).relu_() if rectify else self.shortcut(x)
 
-    def sparse(self, batch: Batch, rows: Tensor, rectify: bool = False) -> Batch:
+    def sparse(self, batch: Batch, rows: Tensor | range, rectify: bool = False) -> Batch:
         """The block on the rows that keep it, the shortcut on the others; may write over them.
 
         With `rectify` a shortcut that computes something is followed by relu (ConvNet-AIG).
@@ -230,9 +235,7 @@ class DeployedResNet(nn.Module):
         if len(x) == 1:
             x = self.alone(x, counts[start:], self.blocks[start:])
         else:
-            rest = policy[..., start:].flatten(0, -2)
-            rows = execution.kept_rows(rest, counts[start:], self.row_multiple)
-            x = self.together(x, rows, self.blocks[start:])
+            x = self.together(x, policy[..., start:].flatten(0, -2), counts[start:])
         return self.head(x).unflatten(0, policy.shape[:-1])
 
     @staticmethod
@@ -245,13 +248,20 @@ class DeployedResNet(nn.Module):
                 x = block.shortcut(x)
         return x
 
-    @staticmethod
-    def together(x: Tensor, kept: list[Tensor], blocks: list[Block]) -> Tensor:
-        """Blocks on a batch; kept: the rows of each block."""
+    def together(self, x: Tensor, policy: Tensor, counts: list[int]) -> Tensor:
+        """The last k blocks on a batch, by their part of its policies (B, k), kept by so many."""
+        pads = self.row_multiple > 1
+        order = None if pads else execution.nested_order(policy)
+        if order is not None:
+            x, policy = execution.take(x, order), policy[order]
+        rows = execution.kept_rows(policy, counts, self.row_multiple)
+        if not pads:
+            spans = execution.spans(policy, counts)
+            rows = [some if span is None else span for some, span in zip(rows, spans, strict=True)]
         batch = Batch(x)
-        for block, rows in zip(blocks, kept, strict=True):
-            batch = block.sparse(batch, rows)
-        return batch.images
+        for block, some in zip(self.blocks[self.num_blocks - len(rows) :], rows, strict=True):
+            batch = block.sparse(batch, some)
+        return batch.images if order is None else execution.take(batch.images, order.argsort())
 
     def stem(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype, memory_format=torch.channels_last)

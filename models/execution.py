@@ -59,6 +59,32 @@ def kept_rows(policy: Tensor, counts: list[int] | None = None, multiple: int = 1
     return [rows[:size] for rows, size in zip(order, sizes, strict=True)]
 
 
+def spans(policy: Tensor, counts: list[int]) -> list[range | None]:
+    """For each of the K blocks the rows that keep it, where they lie together; policy: (B, K).
+
+    Such rows are read and written where they are, without gathering. counts: see `kept_counts`.
+    """
+    kept, place = policy.bool(), torch.arange(len(policy), device=policy.device)[:, None]
+    first = torch.where(kept, place, len(policy)).amin(0).tolist()
+    stop = torch.where(kept, place + 1, 0).amax(0).tolist()
+    limits = zip(first, stop, counts, strict=True)
+    return [range(i, j) if j - i == count else None for i, j, count in limits]
+
+
+def nested_order(policy: Tensor) -> Tensor | None:
+    """An order of the images (B,) in which those that keep a block come first; policy: (B, K).
+
+    None where it is so for less than half of the blocks that some keep and some drop, or where
+    there are no such blocks.
+    """
+    order = policy.sum(1).argsort(descending=True, stable=True)
+    kept = policy[order].byte()
+    shared = kept.amin(0) < kept.amax(0)
+    leading = (kept.cummin(0).values == kept).all(0)
+    is_nested = 2 * (leading & shared).sum() >= max(shared.sum(), 1)
+    return order if is_nested else None
+
+
 def padded(count: int, images: int, multiple: int) -> int:
     """The number of rows to compute where `count` of the images keep a block.
 

@@ -40,6 +40,44 @@ def test_outputs_equal_the_originals(pair, dtype):
         close(found, expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_nested_policies_need_no_gathering(pair, dtype, monkeypatch):
+    """But of the blocks that an image with a policy of its own keeps."""
+    resnet, _, size = pair
+    fast, _ = models.deploy(resnet, dtype=dtype)
+    gathered = []
+    monkeypatch.setattr(
+        deployment.Batch, "put_", lambda self, rows, kept, put=deployment.Batch.put_: (
+            gathered.append(not isinstance(rows, range)), put(self, rows, kept)
+        ),
+    )  # fmt: skip
+    x = torch.randn(2 * 8, 3, size, size, dtype=torch.float64)
+    ours = x if dtype == torch.float64 else x.float()
+    depth = torch.randint(resnet.num_blocks + 1, (len(x), 1))
+    nested = (torch.arange(resnet.num_blocks) >= resnet.num_blocks - depth).float()
+    close(fast(ours, nested), resnet(x, nested), dtype)
+    assert gathered and not any(gathered)
+    several = torch.stack((nested, nested.flip(0)))
+    close(fast(ours, several), torch.stack([resnet(x, policy) for policy in several]), dtype)
+    assert not any(gathered)
+    nested[3] = (torch.arange(resnet.num_blocks) % 2).float()
+    close(fast(ours, nested), resnet(x, nested), dtype)
+    assert any(gathered) and not all(gathered)
+
+
+def test_an_order_for_nested_policies():
+    nested = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1.0]])
+    order = execution.nested_order(nested)
+    assert order.tolist() == [1, 3, 0, 2]
+    spans = execution.spans(nested[order], execution.kept_counts(nested))
+    assert spans == [range(1), range(2), range(3)]
+    apart = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 0.0]])
+    assert execution.nested_order(apart) is None
+    counts = execution.kept_counts(apart)
+    assert execution.spans(apart, counts) == [None, range(1, 2), range(1)]
+    assert execution.nested_order(torch.ones(3, 2)) is None  # nothing to gain
+
+
 def close(found, expected, dtype):
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     error = (found.double() - expected).abs().max() / expected.abs().max().clamp_min(0.1)
