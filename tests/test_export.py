@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, script_module
 from PIL import Image
 
 import models
@@ -348,3 +348,29 @@ def test_a_poor_int8_file_is_not_kept(export, images, tmp_path, monkeypatch):
     monkeypatch.setattr(quantization.Range, "scale", lambda seen: (100.0, 0))
     status, _, err, file = export("--load", tmp_path / "ckpt.t7", "--int8")
     assert status == 2 and "nothing is written" in err and not file.exists()
+
+
+def test_runtimes_are_timed_on_the_same_files(
+    base_file, images, cifar_dir, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("openvino")
+    stage2(tmp_path / "ckpt.t7", images)
+    monkeypatch.syspath_prepend(checkpoint.ROOT / "benchmarks")
+    options = ["--model", TINY, "--data_dir", cifar_dir, "--skip_data_check", "--base", base_file,
+               "--load", tmp_path / "ckpt.t7", "--threads", 1, "--repeats", 1, "--budget", 0.1,
+               "--accuracy", 20, "--json", tmp_path / "out.json"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["runtimes.py", *map(str, options)])
+    script_module("benchmarks/runtimes").main()
+    written = json.loads((tmp_path / "out.json").read_text())
+    found = {(row["runtime"], row["arithmetic"]) for row in written["rows"]}
+    exported = {
+        (name, kind) for name in ("ONNX Runtime", "OpenVINO") for kind in ("float32", "int8")
+    }
+    assert exported | {("PyTorch, deployed", "float32")} <= found
+    for row in written["rows"]:
+        assert row["speed_up"] == pytest.approx(row["full_ms"] / row["ours_ms"])
+        assert row["efficiency"] == pytest.approx(row["speed_up"] / row["flop_ratio"])
+    assert set(written["accuracy"]) == {
+        f"{w}, {a}" for w in ("full", "ours") for a in ("float32", "int8")
+    }
+    assert "ours, float32: accuracy" in capsys.readouterr().out
