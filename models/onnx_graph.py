@@ -56,7 +56,7 @@ def build(
             logits, policy = gated(graph, resnet, x)
         else:
             decide, policy = decision(graph, policy_net, static, x, config.image_size)
-            logits = network(graph, resnet, x, decide)
+            logits = network(graph, resnet, x, decide, runs=runs_of(resnet, policy_net))
     graph.add("Identity", logits, output="logits")
     graph.add("Identity", policy, output="policy")
     size = config.image_size
@@ -196,25 +196,60 @@ def kept(graph: Graph, x: str, shortcut: str, branch: nn.Module) -> str:
     return graph.add("Relu", graph.add("Add", x, shortcut))
 
 
+def kept_run(graph: Graph, x: str, shortcut: str, branches: Sequence[nn.Module]) -> str:
+    """Blocks one after another, all but the first with an identity for a shortcut."""
+    x = kept(graph, x, shortcut, branches[0])
+    for branch in branches[1:]:
+        x = kept(graph, x, x, branch)
+    return x
+
+
+def runs_of(resnet: ResNet, policy_net: nn.Module | None) -> list[int]:
+    """Lengths of the runs of blocks that are always kept or dropped together.
+
+    An `If` costs as much as a small convolution, and one serves a whole run. Blocks are alike in
+    all candidates of a policy that chooses among some. A shortcut that computes begins a run.
+    """
+    runs: list[int] = []
+    chooses = isinstance(policy_net, PolicyAtPenalty)
+    for k, (_, shortcut) in enumerate(resnet.units()):
+        alike = k > 0 and chooses and isinstance(shortcut, nn.Identity)
+        if alike and policy_net.correctness.candidates[:, k - 1 : k + 1].diff().eq(0).all():
+            runs[-1] += 1
+        else:
+            runs.append(1)
+    return runs
+
+
 def network(
-    graph: Graph, resnet: ResNet, x: str, decide: Decide | None = None, rectify: bool = False
+    graph: Graph,
+    resnet: ResNet,
+    x: str,
+    decide: Decide | None = None,
+    rectify: bool = False,
+    runs: Sequence[int] | None = None,
 ) -> str:
     """Logits (1, classes), or pooled features where there is no classifier, of an image's name.
 
-    With `rectify` a dropped block's shortcut is followed by a relu (ConvNet-AIG).
+    With `rectify` a dropped block's shortcut is followed by a relu (ConvNet-AIG). The first block
+    of each run decides for the others.
     """
     x = graph.add("Relu", conv(graph, x, resnet.conv1, resnet.bn1))
     if isinstance(resnet.stem_pool, nn.MaxPool2d):
         x = graph.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-    for k, (branch, shortcut) in enumerate(resnet.units()):
-        keep = True if decide is None else decide(k, x)
-        s = shortcut_of(graph, x, shortcut)
+    units = list(resnet.units())
+    first = 0
+    for run in runs or [1] * len(units):
+        keep = True if decide is None else decide(first, x)
+        s = shortcut_of(graph, x, units[first][1])
+        branches = [branch for branch, _ in units[first : first + run]]
+        first += run
         rectified = rectify and s != x
         if isinstance(keep, bool):
-            x = kept(graph, x, s, branch) if keep else s
+            x = kept_run(graph, x, s, branches) if keep else s
             continue
         then, other = graph.branch(), graph.branch()
-        computed = kept(then, x, s, branch)
+        computed = kept_run(then, x, s, branches)
         passed = other.add("Relu" if rectified else "Identity", s)
         x = graph.choose(keep, then, computed, other, passed)
     x = graph.add("Flatten", graph.add("GlobalAveragePool", x))
@@ -229,19 +264,21 @@ def decision(
         keep = static.bool().tolist()
         return lambda k, x: keep[k], graph.constant(static.float()[None], "static")
     features = network(graph, policy_net.features, shrunk(graph, x, policy_net.shrink, size))
+    count = policy_net.num_blocks
+    always = [False] * count
     if isinstance(policy_net, PolicyAtPenalty):
         policy = best_candidate(graph, features, policy_net)
         keep = graph.add("Cast", policy, to=onnx.TensorProto.BOOL)
+        always = policy_net.correctness.candidates.bool().all(0).tolist()
     else:  # the most probable policy: sigmoid(z) >= 1/2
         z = linear(graph, features, policy_net.logit)
         keep = graph.add("GreaterOrEqual", z, graph.constant(np.float32(0), "zero"))
         policy = graph.add("Cast", keep, to=onnx.TensorProto.FLOAT)
-    count = policy_net.num_blocks
     blocks = [graph.name(f"keep_{k}") for k in range(count)]
     flat = graph.add("Reshape", keep, graph.constant(np.array([count]), "shape"))
     sizes = graph.constant(np.ones(count, np.int64), "sizes")
     graph.nodes.append(helper.make_node("Split", [flat, sizes], blocks))
-    return lambda k, x: blocks[k], policy
+    return lambda k, x: always[k] or blocks[k], policy
 
 
 def shrunk(graph: Graph, x: str, shrink: nn.Module, size: int) -> str:

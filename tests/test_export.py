@@ -194,6 +194,27 @@ def test_a_policy_that_chooses_for_a_penalty(export, images, tmp_path, penalty):
     assert facts(file)["penalty"] == str(float(penalty))
 
 
+@RUNTIMES
+def test_blocks_that_all_candidates_treat_alike_share_an_if(images, tmp_path, run_file):
+    torch.manual_seed(2)
+    candidates = torch.tensor([[1, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1.0]])
+    head = models.Correctness(64, 10, candidates)
+    resnet, policy_net = stage2(tmp_path / "ckpt.t7", images)
+    chooser = models.PolicyAtPenalty(policy_net, head, -5.0)
+    assert onnx_graph.runs_of(resnet, chooser) == [1, 1, 2, 2]  # shortcuts begin runs
+    assert onnx_graph.runs_of(resnet, policy_net) == [1] * 6
+    file = tmp_path / "out.onnx"
+    for best, candidate in enumerate(candidates):  # the others are hardly ever right
+        head.linear.weight.data.zero_()
+        head.linear.bias.data.copy_(torch.eye(3)[best] * 18 - 9)
+        onnx.save(onnx_graph.build(resnet, chooser, torch.ones(6), models.config(TINY)), file)
+        assert kinds(file).count("If") == 2  # the first and the last two are always kept
+        logits, policy = run_file(file, images[:4])
+        assert torch.equal(policy, candidate.expand(4, -1))
+        expected = resnet(pixels(TINY, images[:4]), policy)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("options, blocks", [(["--policy", "distribute:2"], 2), ([], 6)])
 def test_a_static_policys_dropped_blocks_are_not_in_the_file(
     export, base_file, images, options, blocks
