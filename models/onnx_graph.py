@@ -1,7 +1,7 @@
 """The networks as an ONNX graph for one image, in which a dropped block is not computed.
 
-Each block that may be dropped stands in the branch of an `If`, which ONNX Runtime and OpenVINO
-evaluate for real. With several images an `If` could not tell them apart: batches are for `deploy`.
+Blocks that may be dropped stand in the branch of an `If`, which ONNX Runtime and OpenVINO evaluate
+for real. With several images an `If` could not tell them apart: batches are for `deploy`.
 BatchNorm is folded into the convolutions. Needs the package onnx, so nothing here imports this
 module but export.py.
 """
