@@ -250,12 +250,13 @@ class DeployedResNet(nn.Module):
 
     def together(self, x: Tensor, policy: Tensor, counts: list[int]) -> Tensor:
         """The last k blocks on a batch, by their part of its policies (B, k), kept by so many."""
-        pads = self.row_multiple > 1
-        order = None if pads else execution.nested_order(policy)
+        # on a GPU a look at the policies is a wait, and padded rows lie together only by chance
+        looks = policy.device.type == "cpu" and self.row_multiple == 1
+        order = execution.nested_order(policy) if looks else None
         if order is not None:
             x, policy = execution.take(x, order), policy[order]
         rows = execution.kept_rows(policy, counts, self.row_multiple)
-        if not pads:
+        if looks:
             spans = execution.spans(policy, counts)
             rows = [some if span is None else span for some, span in zip(rows, spans, strict=True)]
         batch = Batch(x)
