@@ -302,8 +302,9 @@ def add_policies(report: Report, predicted: Predictions) -> None:
           "".join(map(str, rows[i].astype(int)))] for i in range(min(20, len(rows)))],
     )  # fmt: skip
     half = int(np.searchsorted(covered, 0.5)) + 1
+    most = "the most frequent one covers" if half == 1 else f"the {half} most frequent cover"
     report.add("policies", "Distinct policies",
-        f"{len(rows)} in all; the {half} most frequent cover half of the images.",
+        f"{len(rows)} in all; {most} half of the images.",
         figures.policies(counts, covered), behind)  # fmt: skip
 
     numbers, counts, accuracies = facts.accuracy_by_blocks(policies, predicted.correct)

@@ -22,7 +22,7 @@ stage stage1 cl_training $START --load "$OUT/curve" --max_epochs $((WARM + GRADI
 FINETUNE="--base $BASE --batch_size 128 --schedule cosine --resnet_lr 0.02 --distill 0.5
     --max_epochs $TUNE"
 stage penalties finetune $FINETUNE --pretrained "$OUT/curve/last.t7" --penalty -5 --penalties -0.5 -50
-stage stage2 finetune $FINETUNE --pretrained "$OUT/stage1/last.t7" --penalty -5
+stage stage2 finetune $FINETUNE --pretrained "$OUT/stage1/last.t7" --penalty -5 --alpha 0.95
 
 for penalty in -0.5 -2 -5 -15 -50; do
     profile "curve$penalty" --base "$BASE" --load "$OUT/curve" --penalty $penalty --dependence
