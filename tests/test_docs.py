@@ -47,7 +47,7 @@ def test_options_exist(page, script, options, monkeypatch):
 def test_the_readmes_commands_run_in_order(run, cifar_dir, tmp_path, monkeypatch):
     """On the first ten images; the paper's R110_C10 on the base that comes along."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "cv" / "R32_C10" / "stage2", tmp_path / "cv" / "R32_C10" / "stage2")
+    shutil.copytree(ROOT / "cv" / "R32_C10", tmp_path / "cv" / "R32_C10")
     few = ["--data_dir", cifar_dir, "--skip_data_check", "--subset", 10]
     done = []
     for script, options in commands(ROOT / "README.md"):
