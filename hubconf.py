@@ -24,6 +24,7 @@ _SHIPPED = {
     "R32_C10_distribute7": ("R32_C10", "cv/R32_C10/distribute7/ckpt_*.t7"),
     "R32_C10_full": ("R32_C10", "cv/pretrained/R32_C10/pk_*.t7"),
     "R110_C10": ("R110_C10", "cv/R110_C10/final/ckpt_*.t7"),
+    "R110_C10_anytime": ("R110_C10", "cv/R110_C10/penalties/ckpt_*.t7"),
     "R110_C10_full": ("R110_C10", "cv/R110_C10/base2/pk_*.t7"),
     "AIG32_C10": ("AIG32_C10", "cv/AIG32_C10/target0.6/ckpt_*.t7"),
     "AIG32_C10_target04": ("AIG32_C10", "cv/AIG32_C10/target0.4/ckpt_*.t7"),
@@ -109,13 +110,22 @@ def _entry(name: str):
     return entry
 
 
-def R32_C10_anytime(pretrained: bool = True, penalty: float = -5.0):
-    """R32_C10 for any budget: the lower the penalty, the reward of a wrong class, the more blocks
-    are run. -0.5 keeps 4.4 of 15 on average, -5 keeps 6.0, -50 keeps 10.3.
+def _anytime(name: str, kept: str):
+    def entry(pretrained: bool = True, penalty: float = -5.0):
+        return _network(name, pretrained, penalty)
+
+    model = _SHIPPED[name][0]
+    entry.__name__ = name
+    entry.__doc__ = f"""{model} for any budget: the lower the penalty, the reward of a wrong class,
+    the more blocks are run. On average {kept}.
 
     Returns a module as the other entries do.
     """
-    return _network("R32_C10_anytime", pretrained, penalty)
+    return entry
 
 
+R32_C10_anytime = _anytime("R32_C10_anytime", "-0.5 keeps 4.4 of 15, -5 keeps 6.0, -50 keeps 10.3")
+R110_C10_anytime = _anytime(
+    "R110_C10_anytime", "-0.5 keeps 12.9 of 54, -5 keeps 18.7, -50 keeps 38.8"
+)
 globals().update({_name: _entry(_name) for _name in _SHIPPED if _name not in globals()})

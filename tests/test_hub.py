@@ -73,11 +73,12 @@ def test_an_entry_is_its_checkpoint(entry, images):
     torch.testing.assert_close(net(images / 255), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_one_network_serves_every_budget(hub):
+@pytest.mark.parametrize("entry", ["R32_C10_anytime", "R110_C10_anytime"])
+def test_one_network_serves_every_budget(entry, hub):
     images = torch.rand(64, 3, 32, 32)
     kept = []
     for penalty in (-0.5, -5.0, -50.0):
-        net = hub.R32_C10_anytime(penalty=penalty)
+        net = getattr(hub, entry)(penalty=penalty)
         policy = net.policy(images)
         at = net.policy_net
         assert at.penalty == penalty
