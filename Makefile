@@ -22,7 +22,7 @@ $(VENV)/run: requirements.txt constraints.txt
 	$(RUN) -m pip install --quiet -r requirements.txt -c constraints.txt
 	touch $@
 
-$(VENV)/dev: $(VENV)/run requirements-dev.txt
+$(VENV)/dev: $(VENV)/run requirements-dev.txt requirements-export.txt
 	$(RUN) -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 

@@ -64,8 +64,10 @@ def parse_args():
         raise UserError("--policy takes no policy network: leave --pretrained out")
     if args.freeze_policy and args.policy:
         raise UserError("--policy takes no policy network: leave --freeze_policy out")
-    if args.penalties and args.policy:
-        raise UserError("--penalties has policies of its own: leave --policy out")
+    if args.penalties and (args.policy or args.freeze_policy):
+        raise UserError(
+            "--penalties has policies of its own: leave --policy and --freeze_policy out"
+        )
     return args
 
 

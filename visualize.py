@@ -391,7 +391,7 @@ def base_accuracy(predicted: Predictions) -> float | None:
     """The base ResNet's accuracy; None for ConvNet-AIG, and where there is no base."""
     if predicted.config.gated:
         return None
-    args = argparse.Namespace(**vars(predicted.trained.args) | {"load": None})
+    args = argparse.Namespace(**vars(predicted.trained.args) | {"load": None, "penalty": None})
     try:
         base = TrainedModel(args, predicted.config)
     except UserError:

@@ -1,6 +1,6 @@
 """One image at a time: the exported files in ONNX Runtime and OpenVINO, and PyTorch beside them.
 
-    python benchmarks/runtimes.py --model R110_C10 --load cv/R110_C10/final/ckpt*.t7
+    python benchmarks/runtimes.py --model R110_C10 --load cv/R110_C10/penalties --penalty -5
     python benchmarks/runtimes.py --model R110_C10 --load ... --accuracy 10000
 
 The full network is the base ResNet (--base), ConvNet-AIG's own; ours comes with what decides.
@@ -33,6 +33,7 @@ OPSET = 17
 def parse_args():
     parser = options.parser(__doc__)
     options.add_base(parser)
+    options.add_chosen_penalty(parser)
     add = parser.add_argument
     add("--load", required=True, help="checkpoint of the network that decides")
     add("--threads", type=options.count, nargs="+", default=[1, 2])
@@ -40,7 +41,7 @@ def parse_args():
     add("--budget", type=options.positive, default=120.0, help="seconds a number of threads")
     add("--accuracy", type=options.count, help="also each file's accuracy on the first N images")
     add("--json", type=Path, help="also write the figures to this file")
-    parser.set_defaults(device="cpu", policy=None, penalty=None, batch_size=250)
+    parser.set_defaults(device="cpu", policy=None, batch_size=250)
     return parser.parse_args()
 
 
@@ -49,10 +50,9 @@ def full_of(trained: TrainedModel) -> TrainedModel:
     if trained.config.gated:
         full = copy.copy(trained)
         full.resnet, full.static = trained.resnet.resnet, torch.ones(trained.config.num_blocks)
-        full.config = models.config(trained.config.name)
         full.run = lambda images: (full.resnet(images), full.static.expand(len(images), -1))
         return full
-    args = argparse.Namespace(**{**vars(trained.args), "load": None})
+    args = argparse.Namespace(**{**vars(trained.args), "load": None, "penalty": None})
     return TrainedModel(args, trained.config)
 
 

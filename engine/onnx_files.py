@@ -73,7 +73,7 @@ def compare(content: bytes, trained: TrainedModel, test) -> dict[str, Tensor]:
     done = 0
     for images, labels, _ in test.epoch(0):
         with torch.no_grad():
-            logits, policy = trained.run(images)
+            logits, policy = (part.cpu() for part in trained.run(images))
         rows = [
             run.run(["logits", "policy"], {"image": test.picture(done + row)[None]})
             for row in range(len(images))
@@ -84,11 +84,11 @@ def compare(content: bytes, trained: TrainedModel, test) -> dict[str, Tensor]:
         )
         found = {
             "policy": their_policy,
-            "correct": theirs.argmax(1) == labels,
+            "correct": theirs.argmax(1) == labels.cpu(),
             "difference": (theirs - logits).abs().amax(1) / logits.abs().amax(1),
             "same_policy": (their_policy == policy).all(1),
             "same_class": theirs.argmax(1) == logits.argmax(1),
-            "margin": margins.take(len(images)),
+            "margin": margins.take(len(images)).cpu(),
         }
         for name, part in found.items():
             parts.setdefault(name, []).append(part)

@@ -63,7 +63,7 @@ alpha = number(float, lambda v: 0.5 < v <= 1, "in (0.5, 1]")
 
 
 def parser(description: str, model: str = "R110_C10") -> Parser:
-    """A parser with what every script takes: model, data, device arithmetic, quick looks."""
+    """A parser with what every script takes: model, data, device, arithmetic, quick looks."""
     options = Parser(description=description)
     add = options.add_argument
     add("--model", default=model, help="network and data set, such as R110_C10")

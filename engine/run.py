@@ -50,7 +50,7 @@ FREE_OPTIONS = {
 
 
 class Run:
-    """One run of a stage script (0 pretrain, 1 curriculum, 2 finetune), used as a context.
+    """One run of a stage script (0 pretrain, 1 curriculum, 2 finetune, 3 ConvNet-AIG), a context.
 
     On entry nothing is written but the directory. What `track` is given goes into every checkpoint
     and comes back from the one that `--load` names. All random numbers of epoch t are drawn from

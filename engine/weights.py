@@ -33,7 +33,7 @@ def find_base(model: str, given: str | None, is_published: bool = False) -> Path
         return Path(given)
     folder = Path(given or base_directory(model))
     found = sorted(folder.glob("pk_E_*_A_*.t7"))
-    if not found and is_published:
+    if not found and is_published and given is None:
         return None
     if not found:
         raise UserError(
@@ -163,10 +163,13 @@ def load_correctness(
 
     Raises UserError where the checkpoint has none, or one that the policy network has gone on from.
     """
-    way_out = "take the checkpoint of the last epoch of cl_training.py --warm_start"
+    way_out = (
+        "take the checkpoint of the last epoch of cl_training.py --warm_start, or one of "
+        "finetune.py --penalties"
+    )
     if "correctness" not in content:
         raise UserError(f"{path}: its policy cannot choose for another penalty: {way_out}")
-    if content["epoch"] > content["args"].get("warm_start", content["epoch"]):
+    if content.get("epoch", 0) > content.get("args", {}).get("warm_start", float("inf")):
         raise UserError(
             f"{path}: its policy has gone on since it could choose for another penalty: {way_out}"
         )

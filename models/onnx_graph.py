@@ -2,8 +2,8 @@
 
 Blocks that may be dropped stand in the branch of an `If`, which ONNX Runtime and OpenVINO evaluate
 for real. With several images an `If` could not tell them apart: batches are for `deploy`.
-BatchNorm is folded into the convolutions. Needs the package onnx, so nothing here imports this
-module but export.py.
+BatchNorm is folded into the convolutions. Needs the package onnx, so nothing that
+trainings need imports this module.
 """
 
 from collections.abc import Callable, Sequence

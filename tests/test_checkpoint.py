@@ -143,6 +143,13 @@ def test_base_is_found_or_asked_for(tmp_path, monkeypatch):
     assert str(weights.find_base("R32_C10", "my.t7")) == "my.t7"
 
 
+def test_a_named_directory_without_a_base_is_refused(tmp_path):
+    """Also for a model whose weights torchvision publishes, which are for where none is named."""
+    with pytest.raises(engine.UserError, match="no pretrained ResNet"):
+        weights.find_base("R101_ImgNet", str(tmp_path), is_published=True)
+    assert weights.find_base("R101_ImgNet", None, is_published=True) is None
+
+
 def test_fingerprint_tells_weights_apart():
     resnet, _ = models.build("R8_C10")
     before = weights.fingerprint(resnet)
