@@ -76,5 +76,5 @@ def test_the_work_tree_is_light():
         pytest.skip("no git work tree")
     names = listed.stdout.decode().split("\0")[:-1]
     sizes = {n: (ROOT / n).stat().st_size for n in names if (ROOT / n).exists()}
-    assert sum(sizes.values()) < 45 * 2**20
+    assert sum(sizes.values()) < 45 * 10**6
     assert max(sizes.values()) < 8 * 2**20, max(sizes, key=sizes.get)
