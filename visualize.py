@@ -391,16 +391,15 @@ def base_accuracy(predicted: Predictions) -> float | None:
     """The base ResNet's accuracy; None for ConvNet-AIG, and where there is no base."""
     if predicted.config.gated:
         return None
-    args = argparse.Namespace(**vars(predicted.trained.args) | {"load": None, "penalty": None})
     try:
-        base = TrainedModel(args, predicted.config)
+        base = predicted.trained.base()
     except UserError:
         return None
 
     def step(images: Tensor, labels: Tensor):
         return {"correct": base.run(images)[0].argmax(1) == labels}
 
-    results = engine.evaluate(step, predicted.test, args.precision, "the full ResNet")
+    results = engine.evaluate(step, predicted.test, base.args.precision, "the full ResNet")
     return results["correct"].double().mean().item()
 
 

@@ -8,7 +8,6 @@ The full network is the base ResNet (--base), ConvNet-AIG's own; ours comes with
 convolutions with scales from training images.
 """
 
-import argparse
 import copy
 import io
 import json
@@ -52,8 +51,7 @@ def full_of(trained: TrainedModel) -> TrainedModel:
         full.resnet, full.static = trained.resnet.resnet, torch.ones(trained.config.num_blocks)
         full.run = lambda images: (full.resnet(images), full.static.expand(len(images), -1))
         return full
-    args = argparse.Namespace(**{**vars(trained.args), "load": None, "penalty": None})
-    return TrainedModel(args, trained.config)
+    return trained.base()
 
 
 def files(trained: TrainedModel, train) -> dict[str, bytes]:

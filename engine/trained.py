@@ -1,5 +1,6 @@
 """A checkpoint to be looked at: its networks, what they decide, what that costs."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Mapping
@@ -91,6 +92,11 @@ class TrainedModel:
             raise UserError("--penalty: there is no policy network here that could choose by it")
         head = weights.load_correctness(self.config, content, self.args.load, self.policy_net)
         return models.PolicyAtPenalty(self.policy_net, head, self.args.penalty)
+
+    def base(self) -> "TrainedModel":
+        """The base ResNet alone, under the same options. Raises UserError where there is none."""
+        args = argparse.Namespace(**vars(self.args) | {"load": None, "penalty": None})
+        return TrainedModel(args, self.config)
 
     @property
     def plain(self) -> models.ResNet:
