@@ -1,9 +1,13 @@
-"""A CIFAR-format data set, a base ResNet and a way to run the scripts, all small."""
+"""A CIFAR-format data set, a base ResNet, a stage-1 run and ways to run the scripts, all small."""
 
 import importlib
+import json
 import os
 import pickle
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 # as many processes as cores run the tests; before torch is imported, and for the scripts as well
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +20,9 @@ import engine
 import models
 
 TINY = "R14_C10"  # two blocks a stage: K = 6
+ROOT = engine.checkpoint.ROOT
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+NAMED = r"ckpt_E_\d+_A_\d\.\d{3}_R_-?\d\.\d\dE[+-]\d\d_S_\d+\.\d\d_#_\d+\.t7"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -86,9 +93,56 @@ def run(capsys, monkeypatch):
 
 def script_module(name):
     """A stage script as a module; the standard library has a `test` of its own."""
-    spec = importlib.util.spec_from_file_location(
-        f"script_{name}", f"{engine.checkpoint.ROOT}/{name}.py"
-    )
+    spec = importlib.util.spec_from_file_location(f"script_{name}", f"{ROOT}/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def common(cifar_dir):
+    return ["--model", TINY, "--data_dir", cifar_dir, "--skip_data_check"]
+
+
+@pytest.fixture(scope="session")
+def stage_1(common, base_file, tmp_path_factory):
+    """A finished stage-1 run of two epochs, as its directory."""
+    folder = tmp_path_factory.mktemp("stage1")
+    script = [sys.executable, ROOT / "cl_training.py", *common, "--base", base_file]
+    options = ["--cv_dir", folder, "--max_epochs", 2, "--batch_size", 40, "--test_every", 1]
+    subprocess.run(list(map(str, script + options)), check=True, capture_output=True, env=ENV)
+    return folder
+
+
+def options_of(script, common, base_file, stage_1):
+    """What each training script needs to run on the small data set."""
+    options = [*common, "--batch_size", 40]
+    if script != "pretrain":
+        options += ["--base", base_file]
+    if script == "finetune":
+        options += ["--pretrained", named(stage_1)[0]]
+    return options
+
+
+def named(folder):
+    return sorted(p for p in Path(folder).iterdir() if re.fullmatch(NAMED, p.name))
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl without the times, which are never the same."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def trained(folder):
+    content = engine.checkpoint.read(folder)
+    return {k: v for k, v in content.items() if k not in ("args",)}
+
+
+def refused(result, *words):
+    """One line on standard error, status 2, with these words."""
+    status, _, err = result
+    assert status == 2, err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    for word in words:
+        assert str(word) in err

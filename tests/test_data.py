@@ -227,7 +227,7 @@ def pictures(tmp_path):
 
 
 CPU = torch.device("cpu")
-R18 = models.config("R18_ImgNet")
+R18 = models.config("R18_Folder")
 
 
 def test_pictures_in_folders(pictures):
@@ -262,15 +262,24 @@ def test_centre_crops_are_those_of_pil(pictures):
         assert np.abs(found - expected).max() < 1.5 / 255 / 0.22
 
 
-def test_a_damaged_picture_is_replaced_in_training_and_stops_an_evaluation(pictures):
+def test_a_model_of_imagenet_wants_its_classes(pictures):
+    config = models.config("AIG50_ImgNet")
+    with pytest.raises(UserError, match="2 class folders, .* 1000 classes: AIG50_Folder takes"):
+        engine.data.load(config, options(pictures), CPU)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_replaced_in_training_and_stops_an_evaluation(pictures, workers):
     for split in ("train", "val"):
         path = pictures / split / "n01" / "1.JPEG"
         path.write_bytes(path.read_bytes()[:400])
-    train, val = engine.data.load(R18, options(pictures, batch_size=6), CPU)
+    train, val = engine.data.load(R18, options(pictures, batch_size=6, workers=workers), CPU)
     ((x, y, _),) = train.epoch(1)
     assert len(x) == 6 and train.damaged == [str(pictures / "train" / "n01" / "1.JPEG")]
-    with pytest.raises(UserError, match="val/n01/1.JPEG: no picture that can be read"):
+    with pytest.raises(UserError, match="/n01/1.JPEG: no picture that can be read .truncated.$"):
         list(val.epoch(0))
+    with pytest.raises(UserError, match="no picture that can be read"):
+        val.picture(1)
 
 
 def test_a_picture_with_something_appended_is_whole(pictures):

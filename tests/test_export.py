@@ -307,6 +307,7 @@ def test_errors_are_one_line(export, images, tmp_path, monkeypatch):
         return err
 
     assert "opset 9: take one of 13 to " in refused("--load", path, "--opset", 9)
+    assert "--check says on how many" in refused("--load", path, "--subset", 5)
     assert "a file holds fp32" in refused("--load", path, "--precision", "bf16")
     assert "is for 6 blocks, not R32_C10" in refused("--load", path, model="R32_C10")
     assert "unknown model 'R7'" in refused("--load", path, model="R7")

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from conftest import script_module
+from conftest import refused, script_module
 
 from engine.checkpoint import ROOT
 
@@ -95,6 +95,19 @@ def test_the_table_and_the_picture_of_figures(tmp_path):
     picture = (tmp_path / "picture.svg").read_text()
     for words in ("one network", "dealt to other images", "static, same network", "MSDNet"):
         assert words in picture
+
+
+def test_figures_that_are_none_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    (tmp_path / "text.json").write_text("no figures")
+    (tmp_path / "other.json").write_text("{}")
+    for row, words in (
+        ("x", "expected NAME=FILE.json"),
+        (f"x={tmp_path}/none.json", "none.json: No such file"),
+        (f"x={tmp_path}/text.json", "text.json: "),
+        (f"x={tmp_path}/other.json", "other.json: no figures of test.py --json"),
+    ):
+        refused(run("benchmarks/summary", row), words)
 
 
 @pytest.mark.parametrize("recipe", ["R32_C10", "R32_C100", "paper"])
