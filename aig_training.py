@@ -15,7 +15,7 @@ from engine import Results, Shard, UserError, options, ranks, schedule, weights
 RECIPES = {  # the released code's
     "CIFAR": {"target": "0.6", "loss_factor": 2.0, "wd": 5e-4, "max_epochs": 350,
               "lr_steps": [150, 250]},
-    "ImageNet": {"target": "0.7", "loss_factor": 1.0, "wd": 1e-4, "max_epochs": 100,
+    "pictures": {"target": "0.7", "loss_factor": 1.0, "wd": 1e-4, "max_epochs": 100,
                  "lr_steps": [30, 60, 90]},
 }  # fmt: skip
 
@@ -33,23 +33,26 @@ def parse_args():
         "--target",
         help="how often a block is to be executed: one rate, K rates with commas between, or a "
         "published schedule with its rate, resnet50:0.5 or resnet101:0.3 (default: CIFAR 0.6, "
-        "ImageNet 0.7)",
+        "pictures 0.7)",
     )
     add("--loss_factor", type=options.weight, help="of the target loss (default: CIFAR 2, else 1)")
     add("--gate_lr", type=options.positive, default=1.0,
         help="learning-rate factor of the gates' last layer")  # fmt: skip
     add("--lr_steps", type=options.count, nargs="+",
-        help="epochs after which the rate falls to a tenth (default: CIFAR 150 250)")  # fmt: skip
+        help="epochs after which the rate falls to a tenth (default: CIFAR 150 250, "
+        "pictures 30 60 90)")  # fmt: skip
     add("--schedule", choices=("step", "cosine"), default="step",
         help="steps as released, or a rise in the first tenth and a cosine to zero")  # fmt: skip
     add("--pretrained", help="ResNet to start from; its gates start anew")
     parser.set_defaults(warmup=0.1, lr_decay_ratio=0.1)
-    args = parser.parse_args()
-    recipe = RECIPES["ImageNet" if args.model.endswith("ImgNet") else "CIFAR"]
-    for name, value in recipe.items():
+    return parser.parse_args()
+
+
+def fill_in(args, config: models.Config) -> None:
+    """The released code's options for this kind of data, where none are given."""
+    for name, value in RECIPES["pictures" if config.has_pictures else "CIFAR"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    return args
 
 
 def target_rates(text: str, num_blocks: int) -> Tensor:
@@ -123,15 +126,13 @@ def log(run: engine.Run, split: str, results: Results) -> None:
 def main() -> None:
     args = parse_args()
     config = engine.data.config_of(args, gated=True)
+    fill_in(args, config)
     targets = target_rates(args.target, config.num_blocks)
     with engine.Run(args, 3, config) as run:
         train, test = engine.data.load(config, args, run.device)
         net, _ = models.build(args.model, config.num_classes)
         if args.pretrained and not args.load:
-            path = weights.find_base(args.model, args.pretrained)
-            start = engine.checkpoint.read(path)
-            weights.tell_other_pixels(config, start, path)
-            state = weights.resnet_weights(start, path)
+            path, state = weights.pretrained_weights(config, args.pretrained)
             with engine.user_errors(path):
                 models.load_ungated(net, state)
         net.set_targets(targets.tolist())

@@ -174,6 +174,11 @@ def main() -> None:
         learner = run.wrap(learner)
         optimizer = torch.optim.Adam(learner.parameters(), args.lr, weight_decay=args.wd)
         run.track("agent", policy_net)
+        if args.policy_size not in (None, policy_net.size):
+            raise UserError(
+                f"--policy_size {args.policy_size}: the policy network of {args.load} looks at "
+                f"{policy_net.size} pixels: leave --policy_size out"
+            )
         if correctness is not None:
             run.track("correctness", correctness)
         run.track("optimizer", optimizer)

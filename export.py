@@ -43,6 +43,8 @@ def refuse(args) -> None:
     """What can be known before any work is done."""
     if args.precision != "fp32":
         raise UserError(f"--precision {args.precision}: a file holds fp32, a runtime may round it")
+    if args.subset:
+        raise UserError("--subset: --check says on how many images the file is tried")
     if args.out.exists() and not args.force:
         raise UserError(f"{args.out} is there already: take another name, or --force")
     if not args.out.parent.is_dir():

@@ -58,6 +58,7 @@ def parse_args():
         "under their most probable policies",
     )
     args = parser.parse_args()
+    args.policy = options.with_seed(args.policy, args.seed)
     if not (args.pretrained or args.load or args.policy):
         raise UserError("stage 2 starts from a stage-1 checkpoint: name one with --pretrained")
     if args.pretrained and args.policy:
@@ -181,7 +182,6 @@ def main() -> None:
     args = parse_args()
     config = engine.data.config_of(args, gated=False)
     with engine.Run(args, 2, config) as run:
-        args.policy = options.with_seed(args.policy, args.seed)
         args.policy = args.policy or weights.static_policy_of(run.loaded)
         static = options.static_policy(args.policy, config, args.seed)
         train, test = engine.data.load(config, args, run.device)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import engine
 import models
 import utils
-from engine import Shard, UserError, checkpoint, options, schedule, weights
+from engine import Shard, UserError, options, schedule, weights
 
 
 def parse_args():
@@ -76,10 +76,7 @@ def full_and_route(
 def load_start(resnet: models.ResNet, config: models.Config, args) -> None:
     """The weights to start from; a folder of pictures has a classifier of its own."""
     if args.pretrained:
-        path = weights.find_base(args.model, args.pretrained)
-        content = checkpoint.read(path)
-        weights.tell_other_pixels(config, content, path)
-        state = weights.resnet_weights(content, path)
+        path, state = weights.pretrained_weights(config, args.pretrained)
     elif config.dataset == "Folder" and not args.from_scratch:
         way_out = "name a file with --pretrained, or start with --from_scratch"
         path, state = None, weights.torchvision_resnet(config.depth, way_out)

@@ -95,6 +95,8 @@ def main() -> None:
     engine.device.seed_everything(args.seed)
     engine.device.keep_freed_memory()
     trained = TrainedModel(args, config)
+    if args.sample_gates and not config.gated:
+        raise UserError(f"--sample_gates is for ConvNet-AIG: {args.model} has no gates")
     if config.gated:
         trained.resnet.sample_gates = args.sample_gates
     trained.plain.row_multiple = args.row_multiple

@@ -414,9 +414,12 @@ def add_curves(report: Report, predicted: Predictions) -> None:
 
 def curriculum_end(given: dict, num_blocks: int) -> int:
     """The first epoch in which all blocks are learned, by the options of a stage-1 run."""
-    pace = given["cl_step"], given.get("cl_blocks", 1)
-    epochs = range(1, given["max_epochs"])
-    return next((e for e in epochs if utils.curriculum_step(e, *pace) >= num_blocks), len(epochs))
+    pace, start = (given["cl_step"], given.get("cl_blocks", 1)), given.get("warm_start", 0)
+    epochs = range(start + 1, given["max_epochs"])
+    return next(
+        (e for e in epochs if utils.curriculum_step(e - start, *pace) >= num_blocks),
+        given["max_epochs"] - 1,
+    )
 
 
 def main() -> None:
@@ -424,6 +427,8 @@ def main() -> None:
     engine.device.keep_freed_memory()
     all_predicted = [Predictions(path, args) for path in args.load]
     predicted = all_predicted[0]
+    if args.penalty is not None and all(p.trained.args.penalty is None for p in all_predicted):
+        raise UserError("--penalty: no checkpoint of --load can choose for one")
     names = predicted.test.class_names
     classes = chosen_classes(args, names, predicted)
 

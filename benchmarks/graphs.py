@@ -89,7 +89,7 @@ class GraphPerBlock:
 
 def contenders(
     fast: DeployedResNet,
-    fast_policy: nn.Module,
+    fast_policy: nn.Module | None,
     x: Tensor,
     policy: Tensor,
     record: Recorder = graph,
@@ -99,10 +99,11 @@ def contenders(
     calls = {"full, deployed, CUDA graph": lambda: full(x)}
     if len(x) == 1:
         blocks = GraphPerBlock(fast, x, record)
-        decide = OneGraph(lambda x: fast_policy(x)[0], x, record)
         name = "ours, deployed, CUDA graph a block"
         calls[name] = lambda: blocks(x, policy)
-        calls[f"{name}, with policy net"] = lambda: (decide(x), blocks(x, policy))[1]
+        if fast_policy is not None:
+            decide = OneGraph(lambda x: fast_policy(x)[0], x, record)
+            calls[f"{name}, with policy net"] = lambda: (decide(x), blocks(x, policy))[1]
     for multiple in PADDINGS:
         if len(x) > multiple:
             twin = copy.copy(fast)  # the same weights

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import graphs
 import torch
-from measure import conv_gflops, interleaved, machine, random_policies, table
+from measure import conv_gflops, interleaved, machine, random_policies, table, write
 from torch import nn
 
 import engine
@@ -127,8 +127,9 @@ def contenders(resnet, policy_net, x, policy, precision, args) -> tuple[dict, to
         "masked, eager": eager("masked", policy),
         "ours, eager": eager("sparse", policy),
         "ours, deployed": lambda: fast(x, policy),
-        "ours, deployed, with policy net": lambda: (fast_policy(x), fast(x, policy)),
     }
+    if fast_policy is not None:
+        calls["ours, deployed, with policy net"] = lambda: (fast_policy(x), fast(x, policy))
     if not args.no_compile:
         compiled = torch.compile(Plain(resnet))
 
@@ -193,6 +194,9 @@ def main() -> None:
         args.policy = args.penalty = None
         trained = TrainedModel(args, config)
         resnet, policy_net = trained.resnet, trained.policy_net
+        args.batch_size = max(args.batch_sizes)
+        _, test = engine.data.load(config, args, device, training=False)
+        images, _, _ = next(iter(test.epoch(0)))
     for network in filter(None, (resnet, policy_net)):
         engine.device.place(network, device).eval()
     facts = machine()
@@ -202,9 +206,8 @@ def main() -> None:
         engine.device.set_up(precision)
         for batch in args.batch_sizes:
             if args.load:
-                args.batch_size = batch
-                x, _, _ = next(iter(engine.data.load(config, args, device)[1].epoch(0)))
-                policy = None
+                x = images[:batch]
+                policy = trained.static.expand(len(x), -1) if trained.is_static else None
             else:
                 x = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
                 x = x.contiguous(memory_format=torch.channels_last)
@@ -232,7 +235,7 @@ def main() -> None:
         )
     )  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+        write({"machine": facts, "rows": rows}, args.json)
 
 
 if __name__ == "__main__":

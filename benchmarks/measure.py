@@ -1,5 +1,6 @@
 """Timing several contenders in turn in one process, and telling the machine they ran on."""
 
+import json
 import platform
 import statistics
 import subprocess
@@ -96,6 +97,12 @@ def random_policies(batch: int, num_blocks: int, keep: int, device: torch.device
     """(B, K) policies that each keep `keep` blocks, chosen at random for every image."""
     order = torch.rand(batch, num_blocks, device=device).argsort(1)
     return (order < keep).float()
+
+
+def write(content: dict, path: Path) -> None:
+    """Figures as JSON. Raises UserError where they cannot be written."""
+    with engine.user_errors(path):
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def table(header: list[str], rows: list[list]) -> str:

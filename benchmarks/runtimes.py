@@ -17,7 +17,7 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
-from measure import interleaved, machine, table
+from measure import interleaved, machine, table, write
 
 import engine
 import models
@@ -190,7 +190,7 @@ def main() -> None:
             print(f"{name}: accuracy {accuracy[name]:.4f}, {blocks:.2f} blocks")
     if args.json:
         content = {"machine": facts, "rows": rows, "accuracy": accuracy}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(content, args.json)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ Rows with --dependence say what the policies owe to the image. In the picture, a
 FLOPs an image, the rows of one checkpoint under several penalties make a curve.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from measure import table
+
+from engine import UserError, options, run_script, user_errors
 
 COLUMNS = {
     "": "{name}",
@@ -29,7 +30,7 @@ DEALT = {  # of test.py --dependence
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("rows", nargs="+", metavar="NAME=FILE.json")
     parser.add_argument("--picture", type=Path, help="also draw them, into this file")
     return parser.parse_args()
@@ -78,14 +79,26 @@ def draw(rows: list[dict], path: Path) -> None:
     figures.trade_off(points, "FLOPs an image", curves).savefig(path, dpi=160)
 
 
+def read(argument: str) -> dict:
+    """The row that NAME=FILE.json means."""
+    name, _, file = argument.partition("=")
+    if not file:
+        raise UserError(f"{argument}: expected NAME=FILE.json")
+    with user_errors(file):  # a file that is no JSON is a ValueError
+        figures = json.loads(Path(file).read_text())
+    if "unique_policies" not in figures:
+        raise UserError(f"{file}: no figures of test.py --json")
+    return {"name": name, **figures}
+
+
 def main() -> None:
     args = parse_args()
-    pairs = [argument.partition("=")[::2] for argument in args.rows]
-    rows = [{"name": name, **json.loads(Path(file).read_text())} for name, file in pairs]
+    rows = [read(argument) for argument in args.rows]
     print_table(rows)
     if args.picture:
-        draw(rows, args.picture)
+        with user_errors(args.picture):
+            draw(rows, args.picture)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import interleaved, machine, random_policies, table, timed
+from measure import interleaved, machine, random_policies, table, timed, write
 from torch import nn
 
 import engine
@@ -204,7 +204,7 @@ def compare_curriculum(args, config) -> list[dict]:
 
 def main() -> None:
     args = parse_args()
-    config = engine.data.config_of(args)
+    config = engine.data.config_of(args, gated=False)
     engine.device.keep_freed_memory()
     engine.device.set_up(args.precision)
     if args.peak:
@@ -233,7 +233,7 @@ def main() -> None:
         ]  # fmt: skip
         print("\n" + table(header, cells))
     if args.json:
-        args.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+        write({"machine": facts, "rows": rows}, args.json)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def device_name(text: str) -> str:
 
 count = number(int, lambda n: n >= 1, "a whole number of 1 or more")
 amount = number(int, lambda n: n >= 0, "a whole number of 0 or more")
+seed = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
 side = number(int, lambda n: n >= 64, "a whole number of 64 or more")
 positive = number(float, lambda v: 0 < v < float("inf"), "a number above 0")
 weight = number(float, lambda v: 0 <= v < float("inf"), "a number of 0 or more")
@@ -81,7 +82,7 @@ def parser(description: str, model: str = "R110_C10") -> Parser:
         help="processes that read picture files (default: a processor each, 16 at most, shared by "
         "the ranks of a host)",
     )
-    add("--seed", type=amount, default=0, help="seed of all random numbers")
+    add("--seed", type=seed, default=0, help="seed of all random numbers")
     add("--subset", type=count, help="train and evaluate on the first N images, for a quick look")
     add(
         "--val_split",

@@ -28,8 +28,9 @@ class Pictures(Dataset):
     """Pictures as uint8 (3, size, size) in RGB: short side resized, then a crop.
 
     Asked for (row, seed); with a seed the crop is random and half of the pictures are flipped,
-    without (None) it is the centre. The third of what comes back is the path of a picture that
-    could not be read, and in whose place the next one stands; a centre crop raises instead.
+    without (None) it is the centre. Third comes the path of a picture that could not be read, and
+    in whose place the next one stands; a centre crop has none. Last comes what is wrong where
+    nothing could be read: raised in a worker it would come with the worker's traceback.
     """
 
     def __init__(self, files: list[tuple[str, int]], size: int):
@@ -38,8 +39,15 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, asked: tuple[int, int | None]) -> tuple[Tensor, int, str]:
-        row, seed = asked
+    def __getitem__(self, asked: tuple[int, int | None]) -> tuple[Tensor, int, str, str]:
+        try:
+            return *self.read(*asked), ""
+        except UserError as error:
+            blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+            return blank, 0, "", str(error)
+
+    def read(self, row: int, seed: int | None) -> tuple[Tensor, int, str]:
+        """The first three. Raises UserError where nothing can be read."""
         path, label = self.files[row]
         damaged = ""
         for offset in range(1, len(self.files) + 1):
@@ -170,7 +178,10 @@ class FolderLoader:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Shard]]:
         self.rows.start(epoch, skip)
         self.damaged = []
-        for shard, (pixels, labels, damaged) in zip(self.rows.shards, self.loader, strict=True):
+        batches = zip(self.rows.shards, self.loader, strict=True)
+        for shard, (pixels, labels, damaged, errors) in batches:
+            for error in filter(None, errors):
+                raise UserError(error)
             self.damaged += filter(None, damaged)
             images = pixels.to(self.device, non_blocking=True)
             images = images.contiguous(memory_format=torch.channels_last)
@@ -179,7 +190,7 @@ class FolderLoader:
 
     def picture(self, row: int) -> np.ndarray:
         """One image as an evaluation sees it, uint8 (H, W, 3)."""
-        return self.pictures[row, None][0].permute(1, 2, 0).numpy()
+        return self.pictures.read(row, None)[0].permute(1, 2, 0).numpy()
 
     def fingerprint(self) -> str:
         """The same files of the same sizes, the same fingerprint."""
@@ -237,6 +248,11 @@ def load(
     root = Path(args.data_dir)
     needs_train = training or args.val_split
     names = classes(root / "train" if needs_train or (root / "train").is_dir() else root / "val")
+    if config.dataset != "Folder" and len(names) != config.num_classes:
+        raise UserError(
+            f"{root}: {len(names)} class folders, and {config.name} tells {config.num_classes} "
+            f"classes: {config.name.replace('ImgNet', 'Folder')} takes any number"
+        )
     train = files_of(root / "train", names) if needs_train else []
     if args.val_split:
         if args.val_split >= len(train):

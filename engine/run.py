@@ -43,7 +43,7 @@ ALIASES = {"agent": ("agent", "net")}
 # options that do not change what is learned: a run may be gone on with under others
 FREE_OPTIONS = {
     *("load", "cv_dir", "data_dir", "base", "pretrained", "policy_init"),
-    *("policy", "policy_size"),  # come from the checkpoint if they are not given
+    "policy_size",  # the checkpoint's network has one
     *("max_epochs", "test_every", "save_minutes", "resume", "skip_data_check"),
     *("device", "parallel", "workers", "micro_batch", "precision", "deterministic"),
 }
@@ -187,7 +187,8 @@ class Run:
     def _changes(self) -> list[tuple[str, Any, Any]]:
         """Options of the loaded run that differ now: name, before, now."""
         before, now = self.loaded.get("args", {}), vars(self.args)
-        names = sorted(before.keys() & now.keys() - FREE_OPTIONS)
+        free = FREE_OPTIONS | ({"policy"} if now.get("policy") is None else set())  # as before
+        names = sorted(before.keys() & now.keys() - free)
         return [(n, before[n], now[n]) for n in names if before[n] != now[n]]
 
     def _check_options(self) -> None:

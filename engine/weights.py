@@ -23,11 +23,13 @@ def base_directory(model: str) -> Path:
     return checkpoint.ROOT / "cv" / "pretrained" / model
 
 
-def find_base(model: str, given: str | None, is_published: bool = False) -> Path | None:
+def find_base(
+    model: str, given: str | None, is_published: bool = False, option: str = "--base"
+) -> Path | None:
     """The pretrained ResNet: the one given, or the only one in cv/pretrained/<model>/.
 
     None where there is none but torchvision publishes one. Raises UserError, saying how to get
-    one, when there is none at all or a choice is needed.
+    one, when there is none at all or a choice, by `option`, is needed.
     """
     if given is not None and not is_pretrained_directory(Path(given)):
         return Path(given)
@@ -38,11 +40,11 @@ def find_base(model: str, given: str | None, is_published: bool = False) -> Path
     if not found:
         raise UserError(
             f"no pretrained ResNet for {model} in {shown(folder)}: train one with "
-            f"`python pretrain.py --model {model}`, or name a file with --base"
+            f"`python pretrain.py --model {model}`, or name a file with {option}"
         )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise UserError(f"several ResNets in {shown(folder)} ({names}): choose with --base")
+        raise UserError(f"several ResNets in {shown(folder)} ({names}): choose with {option}")
     return found[0]
 
 
@@ -73,6 +75,15 @@ def resnet_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str,
     if "agent" in content:
         raise UserError(f"{path}: a stage-1 checkpoint, which holds no ResNet")
     raise UserError(f"{path}: holds no ResNet (neither state_dict nor resnet)")
+
+
+def pretrained_weights(config: Config, given: str) -> tuple[Path, Mapping[str, torch.Tensor]]:
+    """The ResNet that `--pretrained` names, of any number of classes: its file and tensors."""
+    plain = config.name.replace("AIG", "R")  # what pretrain.py makes
+    path = find_base(plain, given, option="--pretrained")
+    content = checkpoint.read(path)
+    tell_other_pixels(config, content, path)
+    return path, resnet_weights(content, path)
 
 
 def policy_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str, torch.Tensor]:

@@ -6,7 +6,6 @@ is. From that follows on how many images the stages are trained, and a forecast,
 sets beside the time it took.
 """
 
-import argparse
 import json
 import math
 import shlex
@@ -18,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine import device, options  # noqa: E402
+from engine import UserError, device, options, run_script, user_errors  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "cv/R32_C10/base"  # serves every route
@@ -122,12 +121,11 @@ class Demo:
         command = [command[0], *self.common, *command[1:]]
         print("$ python " + shlex.join(command), flush=True)
         start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            check=True,
-            stdout=subprocess.DEVNULL if quiet else None,
+        result = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL if quiet else None
         )
+        if result.returncode:  # it has said why
+            raise UserError(f"{command[0]} ended with status {result.returncode}")
         return time.perf_counter() - start
 
     def figures(self, name: str) -> Path:
@@ -162,7 +160,7 @@ class Demo:
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--minutes", type=options.positive, default=11.0, help="to plan for, set-up not included")
     add("--out", type=Path, default=Path("cv/demo"), help="directory that the demo writes into")
@@ -172,7 +170,8 @@ def parse_args():
 def main() -> None:
     began = time.perf_counter()
     args, rest = parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    with user_errors(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     demo = Demo(args.out, ["--model", "R32_C10", "--precision", device.fast_precision(), *rest])
 
     print("== the full ResNet-32, as it comes with the repository", flush=True)
@@ -213,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

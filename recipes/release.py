@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engine  # noqa: E402
 import models  # noqa: E402
-from engine import UserError, checkpoint, run_script, weights  # noqa: E402
+from engine import UserError, checkpoint, run_script, user_errors, weights  # noqa: E402
 
 LEFT_OUT = ("optimizer", "resnet_optimizer", "steps_done", "partial")
 NETWORKS = ("agent", "resnet", "state_dict")
@@ -62,10 +62,11 @@ def main() -> None:
     kept = {name: part for name, part in content.items() if name not in LEFT_OUT}
     kept = halved(kept) if args.half else kept
     kept = named_base(kept, args.base) if args.base else kept
-    args.folder.mkdir(parents=True, exist_ok=True)
+    with user_errors(args.folder):
+        args.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("args.txt", "command.txt", "metrics.jsonl"):
+            shutil.copy(args.run / name, args.folder / name)
     checkpoint.write(kept, args.folder / named[0].name)
-    for name in ("args.txt", "command.txt", "metrics.jsonl"):
-        shutil.copy(args.run / name, args.folder / name)
     print(args.folder / named[0].name)
 
 

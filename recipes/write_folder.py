@@ -10,7 +10,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine import UserError, cifar, run_script  # noqa: E402
+from engine import UserError, cifar, run_script, user_errors  # noqa: E402
 
 SIDE = 64
 
@@ -24,7 +24,8 @@ def main() -> None:
         images, labels = arrays[f"{source}_images"], arrays[f"{source}_labels"]
         for label, name in enumerate(cifar.CLASS_NAMES["CIFAR10"]):
             place = Path(folder, split, name)
-            place.mkdir(parents=True, exist_ok=True)
+            with user_errors(place):
+                place.mkdir(parents=True, exist_ok=True)
             rows = (labels == label).nonzero()[: int(count), 0].tolist()
             for row in rows:
                 picture = Image.fromarray(images[row].numpy())
