@@ -16,7 +16,11 @@ def parse_args():
     parser = options.parser(__doc__, model="R32_C10")
     options.add_training(parser, lr=0.4, wd=5e-4, max_epochs=160)
     add = parser.add_argument
-    add("--pretrained", help="ResNet to start from; folders of pictures: torchvision's by default")
+    add(
+        "--pretrained",
+        help="ResNet to start from, which may have fewer blocks; folders of pictures: "
+        "torchvision's by default",
+    )
     add("--from_scratch", action="store_true", help="folders of pictures: start from nothing")
     add("--warmup", type=options.fraction, default=0.1, help="part of the epochs with rising lr")
     add("--label_smoothing", type=options.fraction, default=0.05, help="of the cross entropy")
@@ -73,8 +77,9 @@ def full_and_route(
     return policies[:, None].expand(-1, shard.stop - shard.start, -1)
 
 
-def load_start(resnet: models.ResNet, config: models.Config, args) -> None:
+def load_start(run: engine.Run, resnet: models.ResNet) -> None:
     """The weights to start from; a folder of pictures has a classifier of its own."""
+    args, config = run.args, run.config
     if args.pretrained:
         path, state = weights.pretrained_weights(config, args.pretrained)
     elif config.dataset == "Folder" and not args.from_scratch:
@@ -85,7 +90,10 @@ def load_start(resnet: models.ResNet, config: models.Config, args) -> None:
     if config.dataset == "Folder":
         own = {f"fc.{n}": tensor for n, tensor in resnet.fc.state_dict().items()}
         state = {n: t for n, t in state.items() if n not in own} | own
-    weights.load_into(resnet, {"state_dict": state}, path)
+    with engine.user_errors(path):
+        num_blocks = models.load_grown(resnet, state)
+    if num_blocks < config.num_blocks:
+        run.note(f"{path}: {num_blocks} of {config.num_blocks} blocks, the others add nothing yet")
 
 
 def main() -> None:
@@ -97,7 +105,7 @@ def main() -> None:
         train, test = engine.data.load(config, args, run.device)
         resnet, _ = models.build(args.model, config.num_classes)
         if not args.load:
-            load_start(resnet, config, args)
+            load_start(run, resnet)
         run.place(resnet)
         optimizer = schedule.sgd(resnet, args.lr, args.wd)
         run.track("state_dict", resnet)

@@ -13,7 +13,15 @@ from .policy import (
 )
 from .registry import Config, build, build_correctness, config, names
 from .resnet import ResNet
-from .weights import load_fitting, load_gated, load_policy, load_resnet, load_strictly, load_ungated
+from .weights import (
+    load_fitting,
+    load_gated,
+    load_grown,
+    load_policy,
+    load_resnet,
+    load_strictly,
+    load_ungated,
+)
 
 __all__ = [
     "POLICY_SIZES",
@@ -33,6 +41,7 @@ __all__ = [
     "deploy",
     "load_fitting",
     "load_gated",
+    "load_grown",
     "load_policy",
     "load_resnet",
     "load_strictly",

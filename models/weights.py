@@ -33,6 +33,30 @@ def load_resnet(resnet: ResNet, state: State) -> None:
     load_strictly(resnet, our_names(state))
 
 
+def load_grown(resnet: ResNet, state: State) -> int:
+    """Load the weights of a ResNet with as many or fewer blocks in its stages; how many it has.
+
+    Its blocks come first in each stage. The others stay as they are but for their last BatchNorm,
+    whose weight and bias become 0: they add nothing, so that the deeper ResNet begins with what the
+    shallower one knows, as Net2DeeperNet does (Chen et al. 2016, arXiv 1511.05641), and learns to
+    use them. Raises ValueError as `load_resnet` does.
+    """
+    names, own = our_names(state), resnet.state_dict()
+    blocks = [block for blocks in resnet.blocks for block in blocks]
+    places = [f"blocks.{s}.{i}." for s, depth in enumerate(resnet.stages) for i in range(depth)]
+    has = {re.sub(r"^(blocks\.\d+\.\d+\.).*", r"\1", name) for name in names}
+    new = [place for place in places if place not in has]
+    for place in new:
+        if not place.endswith(".0."):  # a stage that is not there is an error
+            names |= {name: tensor for name, tensor in own.items() if name.startswith(place)}
+    load_strictly(resnet, names)
+    for block, place in zip(blocks, places, strict=True):
+        if place in new:
+            *_, norm = (part for part in block.children() if isinstance(part, nn.BatchNorm2d))
+            nn.init.zeros_(norm.weight), nn.init.zeros_(norm.bias)
+    return len(places) - len(new)
+
+
 def load_policy(policy_net: PolicyNet, state: State) -> None:
     """Load policy weights, the released code's unused `features.fc` left out.
 
