@@ -177,3 +177,38 @@ def test_a_converted_network_is_torchvisions(depth, dtype, tolerance):
         scale = expected.abs().max()
         for policy in (None, torch.ones(2, ours.num_blocks)):
             assert (ours(x, policy) - expected).abs().max() <= tolerance * scale
+
+
+@pytest.mark.parametrize("small, large", [("R8_C10", TINY), ("R18_ImgNet", "R34_ImgNet")])
+def test_a_deeper_resnet_begins_as_the_shallower_one(small, large):
+    torch.manual_seed(0)
+    source, target = (models.build(name)[0].double().eval() for name in (small, large))
+    for norm in (m for m in source.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_(), norm.weight.data.uniform_(0.5, 1.5)
+    assert models.load_grown(target, source.state_dict()) == source.num_blocks
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    assert torch.equal(source(x), target(x))
+    both = zip(source.stages, target.stages, strict=True)
+    first = [float(i < n) for n, depth in both for i in range(depth)]
+    policy = torch.tensor(first).expand(3, -1)
+    assert torch.equal(source(x), target(x, policy))
+    target(x).square().sum().backward()  # what adds nothing can learn to
+    assert all(blocks[-1].bn2.weight.grad.any() for blocks in target.blocks)
+    assert models.load_grown(source, source.state_dict()) == source.num_blocks
+    for wrong, message in (
+        ({n: t for n, t in source.state_dict().items() if "blocks.1.0." not in n}, "lacks"),
+        (target.state_dict(), "which the network does not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models.load_grown(source, wrong)
+
+
+def test_pretrain_starts_from_a_shallower_resnet(run, cifar_dir, tmp_path):
+    options = ["--data_dir", cifar_dir, "--skip_data_check", "--max_epochs", 1, "--batch_size", 40]
+    for model, start in (("R8_C10", []), (TINY, ["--pretrained", tmp_path / "R8_C10"])):
+        command = ["pretrain", "--model", model, *options, "--cv_dir", tmp_path / model, *start]
+        status, _, err = run(*command)
+        assert status == 0, err
+    assert "3 of 6 blocks, the others add nothing yet" in err
+    status, _, err = run(*command[:-4], "--cv_dir", tmp_path / "x", "--pretrained", tmp_path / TINY)
+    assert status == 0 and "add nothing" not in err
