@@ -62,7 +62,7 @@ def profile(trained: TrainedModel, test, dependence: bool = False) -> dict:
         "images_per_second": len(policies) / results.seconds,
     }
     if dependence:
-        figures["dependence"] = trained.dependence(test, policies, correct)
+        figures["dependence"] = engine.dependence.measure(trained, test, policies, correct)
     return figures
 
 

@@ -3,20 +3,16 @@
 The first checkpoint is looked into; all take part in the trade-off of accuracy and cost.
 """
 
-import argparse
 import html
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 import engine
 import utils
-from engine import UserError, checkpoint, options, weights
-from engine.trained import TrainedModel, decision_flops
+from engine import UserError, options
+from engine.predictions import Predictions
 from visual import facts, figures, page
 from visual.published import PAPER
 
@@ -36,105 +32,6 @@ def parse_args():
     add("--batch_size", type=options.count, default=500, help="images a step")
     add("--time", action="store_true", help="also measure the time of each checkpoint")
     return parser.parse_args()
-
-
-class Predictions:
-    """A checkpoint and what it does with every image."""
-
-    def __init__(self, path: str, args):
-        content = checkpoint.read(path)
-        self.made_with = content.get("args", {})
-        model = content.get("model")  # released checkpoints do not say
-        model = model if isinstance(model, str) else args.model
-        penalty = args.penalty if "correctness" in content else None
-        own = argparse.Namespace(
-            **vars(args) | {"load": path, "model": model, "policy": None, "penalty": penalty}
-        )
-        self.path, self.config = Path(path), engine.data.config_of(own)
-        self.trained = TrainedModel(own, self.config)
-        _, self.test = engine.data.load(self.config, own, self.trained.device, training=False)
-        content = self._predictions()
-        self.policies, self.labels, self.correct, self.full_correct = (
-            content[name].numpy() for name in ("policy", "label", "correct", "full_correct")
-        )
-        self.dependence = content["dependence"]
-        self.fixed, self.per_block = self.trained.flops()
-        self.flops = self.fixed + float((self.policies @ self.per_block.numpy()).mean())
-
-    @property
-    def kind(self) -> str:
-        if self.config.gated:
-            return "ConvNet-AIG"
-        return "static" if self.trained.is_static else "BlockDrop"
-
-    @property
-    def superclasses(self) -> Mapping[str, Sequence[str]]:
-        """The data set's classes that are alike, by name; of most data sets there are none."""
-        known = engine.data.DATA_SETS.get(self.config.dataset)
-        return known.superclasses if known else {}
-
-    @property
-    def folder(self) -> Path:
-        return self.path if self.path.is_dir() else self.path.parent
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.correct.mean())
-
-    def full_flops(self) -> float:
-        """FLOPs of the full ResNet, without what decides."""
-        trained, size = self.trained, (3, self.config.image_size, self.config.image_size)
-        decision = decision_flops(trained.resnet, trained.policy_net, size)
-        return self.fixed - decision + float(self.per_block.sum())
-
-    def _predictions(self) -> dict[str, Any]:
-        """What `_predict` finds, from the cache beside the checkpoint if it is of the same."""
-        file = checkpoint.newest(self.path) if self.path.is_dir() else self.path
-        cache = file.with_suffix(".predictions.pt")
-        networks = filter(None, (self.trained.resnet, self.trained.policy_net))
-        key = [weights.fingerprint(network) for network in networks]
-        key += [self.test.fingerprint(), self.trained.args.precision, self.trained.static.tolist()]
-        key += [
-            self.trained.args.penalty,
-            self.config.image_size,
-            list(self.config.mean),
-            list(self.config.std),
-        ]
-        key += [sorted(self.trained.resnet.always_on)] if self.config.gated else []
-        try:
-            content = checkpoint.read(cache)
-        except UserError:  # none yet, or a damaged one
-            content = {}
-        if content.get("key") == key and "dependence" in content:
-            return content
-        content = {"key": key, **self._predict()}
-        try:
-            checkpoint.write(content, cache)
-        except UserError as error:
-            print(f"{error}: the next report has to predict again", file=sys.stderr)
-        return content
-
-    def _predict(self) -> dict[str, Any]:
-        """Of every image: policy, label, whether it is recognised, and whether in full; and what
-        the policies owe to the image where a policy network decides.
-        """
-
-        def step(images: Tensor, labels: Tensor):
-            logits, policy = self.trained.run(images)
-            full = self.trained.plain(images)
-            return {
-                "policy": policy,
-                "label": labels,
-                "correct": logits.argmax(1) == labels,
-                "full_correct": full.argmax(1) == labels,
-            }
-
-        label = f"predicting {self.folder.name}"
-        found = engine.evaluate(step, self.test, self.trained.args.precision, label).gather()
-        dependence = {}
-        if self.trained.policy_net:
-            dependence = self.trained.dependence(self.test, found["policy"], found["correct"])
-        return {**found, "dependence": dependence}
 
 
 def chosen_classes(args, names: list[str], predicted: Predictions) -> list[int]:
@@ -341,7 +238,7 @@ def add_points(
 def add_trade_off(report: Report, all_predicted: list[Predictions], args) -> None:
     first = all_predicted[0]
     full = base_accuracy(first)
-    points = [("full ResNet", "full", first.full_flops(), full)] if full else []
+    points = [("full ResNet", "full", first.full_flops, full)] if full else []
     points += [
         (predicted.kind, predicted.folder.name, predicted.flops, predicted.accuracy)
         for predicted in all_predicted

@@ -21,7 +21,6 @@ from measure import interleaved, machine, table, write
 
 import engine
 import models
-import utils
 from engine import onnx_files, options
 from engine.trained import TrainedModel
 
@@ -143,8 +142,7 @@ def flop_ratio(trained: TrainedModel, tensors) -> float:
     """The full network's FLOPs over ours on the timed images, decision included."""
     with torch.no_grad():
         policy = torch.cat([trained.run(x)[1] for x in tensors]).double()
-    size = (3, trained.config.image_size, trained.config.image_size)
-    fixed, per_block = utils.block_flops(trained.plain, size)
+    fixed, per_block = trained.resnet_flops()
     ours, _ = trained.flops()
     return (fixed + per_block.sum().item()) / (ours + (policy @ per_block).mean().item())
 

@@ -1,6 +1,6 @@
 """Everything around the method: data, checkpoints, devices, logs and shared options."""
 
-from . import checkpoint, data, device, options, ranks, schedule, weights
+from . import checkpoint, data, dependence, device, options, ranks, schedule, weights
 from .loop import Results, evaluate
 from .process import UserError, run_script, user_errors
 from .run import Run
@@ -15,6 +15,7 @@ __all__ = [
     "UserError",
     "checkpoint",
     "data",
+    "dependence",
     "device",
     "evaluate",
     "options",

@@ -4,7 +4,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +14,9 @@ import models
 import utils
 from models import Config
 
-from . import device, loop, options, weights
-from .data import Loader
+from . import device, options, weights
 from .process import UserError
 
-DEALS = 3
 TIMED_BATCHES, TIMED_SECONDS = 200, 30.0  # timing stops at whichever comes first
 
 
@@ -116,86 +114,16 @@ class TrainedModel:
 
     def flops(self) -> tuple[int, Tensor]:
         """FLOPs of what every image runs, its decision included, and of each block, (K,)."""
-        size = (3, self.config.image_size, self.config.image_size)
-        fixed, per_block = utils.block_flops(self.plain, size)
-        return fixed + decision_flops(self.resnet, self.policy_net, size), per_block
+        fixed, per_block = self.resnet_flops()
+        return fixed + decision_flops(self.resnet, self.policy_net, self.input_size), per_block
 
-    def dependence(self, test: Loader, policies: Tensor, correct: Tensor) -> dict[str, Any]:
-        """What the decisions owe to the image: accuracy and blocks under other ways to decide.
+    def resnet_flops(self) -> tuple[int, Tensor]:
+        """The same of the ResNet alone, without what decides."""
+        return utils.block_flops(self.plain, self.input_size)
 
-        policies (N, K) and correct (N,) are what the images of `test` have under their own ones.
-        "shuffled" deals the same policies to other images, the mean of DEALS deals; "common" is the
-        most frequent policy for all; "static" is the better one of DistributeK and LateK with as
-        many blocks, and "static_same_flops" with what deciding costs spent on blocks as well; where
-        no K costs just as much, images are shared out between two neighbouring ones. Also how many
-        blocks the images get that the full network recognises, and those that it does not.
-        """
-
-        def accuracy(policies: Tensor, label: str) -> float:
-            found = loop.correct_under(self.resnet, policies, test, self.args.precision, label)
-            return found.double().mean().item()
-
-        def under(policy: Tensor, label: str) -> dict[str, float]:
-            same = policy.expand_as(policies)
-            flops = plain_fixed + (policy.double() @ per_block).item()
-            return {
-                "accuracy": accuracy(same, label),
-                "blocks": policy.sum().item(),
-                "flops": flops,
-            }
-
-        fixed, per_block = self.flops()
-        size = (3, self.config.image_size, self.config.image_size)
-        plain_fixed = fixed - decision_flops(self.resnet, self.policy_net, size)
-        blocks = policies.count_nonzero(1).double()
-        own_flops = fixed + (policies.double() @ per_block).mean().item()
-        deals = [accuracy(utils.deal(policies, seed), "shuffled") for seed in range(DEALS)]
-
-        @cache  # both questions may have the same answer
-        def named(name: str) -> dict[str, Any]:
-            policy = utils.static_policy(name, self.config.stages)
-            return {"policy": name, **under(policy, "static")}
-
-        def static(kind: str, cost: Tensor, target: float) -> dict[str, Any]:
-            """Of blocks that cost so much, (K,), as many as meet the target on average."""
-            names = [f"{kind}:{keep}" for keep in range(self.config.num_blocks + 1)]
-            policies = [utils.static_policy(name, self.config.stages) for name in names]
-            costs = torch.stack(policies).double() @ cost
-            fits = int((costs <= target * (1 + 1e-9)).sum()) - 1
-            row, missing = named(names[fits]), target - costs[fits].item()
-            if names[fits] == names[-1] or missing <= 1e-9 * target:
-                return row
-            more, share = named(names[fits + 1]), missing / costs.diff()[fits].item()
-            mixed = {n: (1 - share) * row[n] + share * more[n] for n in row if n != "policy"}
-            return {"policy": f"{names[fits]} and {names[fits + 1]}", **mixed}
-
-        def best_static(cost: Tensor, target: float) -> dict[str, Any]:
-            found = [static(kind, cost, target) for kind in ("distribute", "late")]
-            return max(found, key=lambda row: row["accuracy"])
-
-        full = loop.correct_under(
-            self.resnet, torch.ones_like(policies), test, self.args.precision, "full"
-        )
-        common = utils.most_frequent(policies)
-        return {
-            "own": {
-                "accuracy": correct.double().mean().item(),
-                "blocks": blocks.mean().item(),
-                "flops": own_flops,
-            },
-            "shuffled": {
-                "accuracy": statistics.mean(deals),
-                "blocks": blocks.mean().item(),
-                "flops": own_flops,
-                "deals": deals,
-            },
-            "common": under(common, "common"),
-            "static": best_static(torch.ones_like(per_block), blocks.mean().item()),
-            "static_same_flops": best_static(per_block, own_flops - plain_fixed),
-            "full": {"accuracy": full.double().mean().item(), "blocks": self.config.num_blocks},
-            "blocks_where_full_is_right": blocks[full].mean().item(),
-            "blocks_where_full_is_wrong": blocks[~full].mean().item(),
-        }
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        return 3, self.config.image_size, self.config.image_size
 
     def time(self, test, batch_size: int) -> dict[str, float]:
         """Medians over batches: milliseconds an image, and the speed-up over the full ResNet.
