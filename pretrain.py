@@ -58,6 +58,7 @@ def drop_blocks(noise: Tensor, last: float) -> Tensor:
 
     noise: (B, K), uniform in [0, 1). Returns its shape.
     """
+    # not torchvision's StochasticDepth, which computes what it drops and scales up what it keeps
     num_blocks = noise.shape[1]
     drop = torch.arange(1, num_blocks + 1, device=noise.device) / num_blocks * last
     return (noise >= drop).float()

@@ -57,6 +57,18 @@ class Loader(Protocol):
         """
 
 
+class EvaluationLoader(Loader, Protocol):
+    """One whose images stay in order and can be shown."""
+
+    class_names: Sequence[str]
+
+    def picture(self, row: int) -> np.ndarray:
+        """One image as it was before normalising, uint8 (H, W, 3)."""
+
+    def fingerprint(self) -> str:
+        """The same images, the same fingerprint."""
+
+
 class TensorLoader:
     """Images that live on the device as uint8 (N, H, W, 3), cropped and flipped there in batches.
 
@@ -141,7 +153,7 @@ def config_of(args: argparse.Namespace, gated: bool | None = None) -> Config:
 
 def load(
     config: Config, args: argparse.Namespace, device: torch.device, training: bool = True
-) -> tuple[Loader | None, Loader]:
+) -> tuple[Loader | None, EvaluationLoader]:
     """The training and evaluation loaders that the options ask for; see `engine.options`.
 
     Without `training` no training images are loaded and their loader is None.

@@ -139,8 +139,8 @@ def train_epoch(
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
     for images, labels, shard in outcome:
-        for parameter in parameters:
-            parameter.grad = None
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         total = torch.zeros((), device=images.device)
         # as many on every rank, so that they stay in step
         count = -(-(shard.total // ranks.world()) // micro_batch) if micro_batch else 1
@@ -217,6 +217,7 @@ def recalibrate(
     forward(images) runs the network, which comes back in evaluation mode. A BatchNorm that saw no
     image keeps what it had.
     """
+    # not torch's update_bn, which knows neither policies, nor ranks, nor a stop in its midst
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     before = [(n, n.momentum, {k: b.clone() for k, b in n.named_buffers()}) for n in norms]
     for norm in norms:

@@ -23,8 +23,9 @@ def gumbel_argmax(logits: Tensor, tau: float = 1.0) -> Tensor:
     Returns (B, n) rows of one 1: argmax(logits + G) in the forward pass with Gumbel noise G, with
     the gradient of softmax((logits + G) / tau) in the backward pass (Jang et al. 2017).
     """
-    # -log U is exponential. At its extremes, 0 and inf, G would be infinite and the softmax of two
-    # infinities undefined: in float32 and clamped, |G| stays below 90
+    # Not F.gumbel_softmax, which draws in the type of the logits. -log U is exponential. At its
+    # extremes, 0 and inf, G would be infinite and the softmax of two infinities undefined: in
+    # float32 and clamped, |G| stays below 90.
     exponential = torch.empty_like(logits, dtype=torch.float32).exponential_()
     gumbel = -exponential.clamp(1e-30, 1e30).log()
     soft = ((logits + gumbel) / tau).softmax(-1)

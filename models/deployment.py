@@ -287,7 +287,7 @@ class DeployedPolicy(nn.Module):
     def __init__(self, policy_net: PolicyNet, dtype: torch.dtype):
         super().__init__()
         refuse_unknown(policy_net, ("shrink", "features", "logit", "vnet"), "a policy network")
-        self.num_blocks, self.size = policy_net.num_blocks, policy_net.size
+        self.num_blocks = policy_net.num_blocks
         self.shrink = policy_net.shrink
         self.features = DeployedResNet(policy_net.features, dtype)
         self.logit = linear(policy_net.logit, self.features.wide)
@@ -306,7 +306,7 @@ class DeployedPolicyAtPenalty(nn.Module):
 
     def __init__(self, policy: PolicyAtPenalty, dtype: torch.dtype):
         super().__init__()
-        self.num_blocks, self.size, self.penalty = policy.num_blocks, policy.size, policy.penalty
+        self.num_blocks, self.penalty = policy.num_blocks, policy.penalty
         self.shrink = policy.shrink
         self.features = DeployedResNet(policy.features, dtype)
         self.correctness = deepcopy(policy.correctness).to(self.features.wide)

@@ -129,7 +129,7 @@ class PolicyAtPenalty(nn.Module):
     def __init__(self, policy_net: PolicyNet, correctness: Correctness, penalty: float):
         super().__init__()
         self.features, self.shrink = policy_net.features, policy_net.shrink
-        self.num_blocks, self.size = policy_net.num_blocks, policy_net.size
+        self.num_blocks = policy_net.num_blocks
         self.correctness, self.penalty = correctness, penalty
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

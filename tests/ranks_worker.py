@@ -30,6 +30,10 @@ class Recorder:
         self.param_groups = [{"params": list(self.parameters.values()), "lr": 0.0}]
         self.gradients = []
 
+    def zero_grad(self):
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     def step(self):
         self.gradients.append(
             {n: p.grad.clone() for n, p in self.parameters.items() if p.grad is not None}
@@ -82,13 +86,13 @@ def main(micro_batch, path):
         data, recorder = loader(spec, training=True), Recorder(*networks)
         data.epoch = double(data.epoch)
         wrapped = [ranks.wrap(network) for network in networks]
-        tally = Results(data, 1, name)
+        results = Results(data, 1, name)
         pieces = None if name == "aig" else micro_batch
         loop.train_epoch(
-            make_step(*wrapped), wrapped, [recorder], tally, "fp32", micro_batch=pieces
+            make_step(*wrapped), wrapped, [recorder], results, "fp32", micro_batch=pieces
         )
         found[name] = recorder.gradients
-        found[f"{name} results"] = tally.gather()
+        found[f"{name} results"] = results.gather()
 
     def test_step(images, labels):
         policy = utils.most_probable(policy_net(images.double())[0])
