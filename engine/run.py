@@ -19,34 +19,13 @@ import models
 import utils
 from models import Config
 
-from . import checkpoint, device, loop, process, ranks, weights
+from . import checkpoint, device, loop, process, ranks, resume, weights
 from .data import Loader
 from .logs import Logs
 from .process import UserError, user_errors
 
-STAGES = {
-    0: "a pretrained ResNet",
-    1: "a stage-1 checkpoint",
-    2: "a stage-2 checkpoint",
-    3: "a ConvNet-AIG checkpoint",
-}
-HINTS = {
-    0: "give it to the stages with --base",
-    1: "start stage 2 from it with finetune.py --pretrained",
-    2: "go on from it with finetune.py",
-    3: "go on from it with aig_training.py",
-}
-
 # what the released code calls a network that is tracked here
 ALIASES = {"agent": ("agent", "net")}
-
-# options that do not change what is learned: a run may be gone on with under others
-FREE_OPTIONS = {
-    *("load", "cv_dir", "data_dir", "base", "pretrained", "policy_init"),
-    "policy_size",  # the checkpoint's network has one
-    *("max_epochs", "test_every", "save_minutes", "resume", "skip_data_check"),
-    *("device", "parallel", "workers", "micro_batch", "precision", "deterministic"),
-}
 
 
 class Run:
@@ -81,22 +60,23 @@ class Run:
             args.load, source = str(target), target
         if args.load:
             self.loaded = weights.read_for(config, args.load)
-            self._check_stage()
+            resume.check_stage(self.loaded, stage, args.load)
             self.done = int(self.loaded.get("epoch", 0))
             self.steps_done = int(self.loaded.get("steps_done", 0))
             self.partial = dict(self.loaded.get("partial", {}))
             self.extras = {n: self.loaded[n] for n in ("base",) if n in self.loaded}
-            self._check_place_in_epoch()
+            resume.check_place(self.loaded, args)
         self.source, self.cv_dir = source, target
         self.logs = Logs(target, args)
         self.lock = None
         new = not source or target.resolve() != source.resolve()
         if not new and self.done < args.max_epochs:  # a finished run is only told of
-            self._check_options()
+            resume.check_options(self.loaded, args, target)
         if ranks.is_main():
             self._claim_directory(new)
         if new:
-            self._tell_changes()
+            for name, before, now in resume.changes(self.loaded, args):
+                self.note(f"--{name} {now} (was {before})")
         device.keep_freed_memory()
         device.seed_everything(args.seed, 0)
 
@@ -119,7 +99,7 @@ class Run:
         """Load the base ResNet; checkpoints then say which it was."""
         weights.load_base(self.config, self.args.base, resnet)
         self.extras["base"] = weights.fingerprint(resnet)
-        if self.stage == stage_of(self.loaded):
+        if self.stage == resume.stage_of(self.loaded):
             weights.check_base(self.loaded, self.args.load, resnet)
 
     def place(self, *networks: nn.Module) -> None:
@@ -162,47 +142,10 @@ class Run:
         for group, options in zip(optimizer.param_groups, own, strict=True):
             group.update(options)
 
-    def _check_stage(self) -> None:
-        stage = stage_of(self.loaded)
-        if stage != self.stage:
-            raise UserError(
-                f"{self.args.load}: {STAGES[stage]} cannot be continued here: {HINTS[stage]}"
-            )
-
-    def _check_place_in_epoch(self) -> None:
-        """Refuse, inside an epoch, other batches than those that were done."""
-        before, now = self.loaded.get("args", {}), vars(self.args)
-        for name in ("batch_size", "subset", "val_split", "seed"):
-            if self.steps_done and before.get(name, now[name]) != now[name]:
-                raise UserError(
-                    f"{self.args.load} is inside an epoch of --{name} {before[name]}: go on with "
-                    f"that, or change it from an epoch's end, a ckpt_*.t7"
-                )
-
     def note(self, text: str) -> None:
         """Tell the user something that the results do not show."""
         if ranks.is_main():
             tqdm.write(text, file=sys.stderr)
-
-    def _changes(self) -> list[tuple[str, Any, Any]]:
-        """Options of the loaded run that differ now: name, before, now."""
-        before, now = self.loaded.get("args", {}), vars(self.args)
-        free = FREE_OPTIONS | ({"policy"} if now.get("policy") is None else set())  # as before
-        names = sorted(before.keys() & now.keys() - free)
-        return [(n, before[n], now[n]) for n in names if before[n] != now[n]]
-
-    def _check_options(self) -> None:
-        """Refuse other options than those that the run in this directory began with."""
-        for name, before, now in self._changes():
-            raise UserError(
-                f"{self.cv_dir} was begun with --{name} {before}, not {now}: go on with that, or "
-                "change it in a new --cv_dir with --load"
-            )
-
-    def _tell_changes(self) -> None:
-        """Say which options differ from those of the run that this one continues elsewhere."""
-        for name, before, now in self._changes():
-            self.note(f"--{name} {now} (was {before})")
 
     def _claim_directory(self, new: bool) -> None:
         """Make sure that cv_dir can be written and, where a new one is meant, holds no run."""
@@ -359,15 +302,6 @@ class Run:
         content |= {"epoch": self.logs.metrics.get("epoch", self.done), **self.extras, **figures}
         with process.undisturbed():
             checkpoint.write(content, self.cv_dir / name)
-
-
-def stage_of(content: Mapping[str, Any]) -> int:
-    """Which stage wrote a checkpoint; the released code's are told by what they hold."""
-    if "stage" in content:
-        return content["stage"]
-    if "state_dict" in content:
-        return 0
-    return 2 if "resnet" in content else 1
 
 
 def cpu(state: Any) -> Any:
