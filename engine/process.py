@@ -116,10 +116,16 @@ def reason(error: Exception) -> str:
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main`. Exit status 2 for a user's error, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run a script's `main`. Exit status 2 for a user's error, 130 for Ctrl-C, 143 for SIGTERM, 141
+    where nobody reads on, as behind `| head`.
+    """
     listen()
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        status = 128 + signal.SIGPIPE
     except UserError as error:
         status = fail(error, str(error), 2)
     except torch.OutOfMemoryError as error:

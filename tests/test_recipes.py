@@ -11,7 +11,7 @@ from conftest import refused, script_module
 
 from engine.checkpoint import ROOT
 
-RECIPES = ["R32_C10", "static", "R32_C100", "R110_C10", "paper", "AIG32_C10", "folder"]
+RECIPES = ["R32_C10", "static", "R32_C100", "R110_C10", "R110_C100", "paper", "AIG32_C10", "folder"]
 
 # Takes Python's place: notes a command and which of its files are not there, and leaves those that
 # it would write.

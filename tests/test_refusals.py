@@ -1,7 +1,11 @@
 """What users can get wrong: one line, exit status 2, nothing lost."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
-from conftest import TINY, named, refused
+from conftest import ENV, ROOT, TINY, named, refused
 
 from engine import checkpoint
 
@@ -113,3 +117,12 @@ def test_a_policy_stays_as_the_run_began(run, common, base_file, stage_1, tmp_pa
     refused(run("finetune", *options, "--policy", "first:3", *more), "begun with --policy random:3")
     for policy in (["--policy", "random:3"], []):
         assert run("finetune", *options, *more, *policy)[0] == 0
+
+
+def test_a_reader_that_has_had_enough_is_no_error(common, base_file):
+    command = [sys.executable, ROOT / "test.py", *common, "--base", base_file]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 128 + signal.SIGPIPE
