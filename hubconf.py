@@ -25,7 +25,7 @@ _SHIPPED = {
     "R32_C10_full": ("R32_C10", "cv/pretrained/R32_C10/pk_*.t7"),
     "R110_C10": ("R110_C10", "cv/R110_C10/final/ckpt_*.t7"),
     "R110_C10_anytime": ("R110_C10", "cv/R110_C10/penalties/ckpt_*.t7"),
-    "R110_C10_full": ("R110_C10", "cv/R110_C10/base2/pk_*.t7"),
+    "R110_C10_full": ("R110_C10", "cv/pretrained/R110_C10/pk_*.t7"),
     "AIG32_C10": ("AIG32_C10", "cv/AIG32_C10/target0.6/ckpt_*.t7"),
     "AIG32_C10_target04": ("AIG32_C10", "cv/AIG32_C10/target0.4/ckpt_*.t7"),
 }
