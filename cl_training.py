@@ -159,11 +159,11 @@ def main() -> None:
         resnet, policy_net = models.build(args.model, config.num_classes)
         run.load_base(resnet)
         correctness = models.build_correctness(config, policy_net) if args.warm_start else None
+        if args.policy_size and policy_net.size is None:
+            raise UserError(f"--policy_size is for CIFAR: {args.model} has a size")
         if not args.load:  # as released: pictures from a ResNet-18, CIFAR from nothing
             default = "resnet18" if config.has_pictures else "none"
             start_policy(policy_net, correctness, args.policy_init or default, config)
-            if args.policy_size and policy_net.size is None:
-                raise UserError(f"--policy_size is for CIFAR: {args.model} has a size")
             if args.policy_size:
                 policy_net.look_at(args.policy_size)
         run.place(resnet.requires_grad_(False).eval(), policy_net)

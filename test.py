@@ -89,14 +89,14 @@ def print_dependence(figures: dict) -> None:
 def main() -> None:
     args = parse_args()
     config = engine.data.config_of(args)
+    if args.sample_gates and not config.gated:
+        raise UserError(f"--sample_gates is for ConvNet-AIG: {args.model} has no gates")
     engine.ranks.start(device=args.device)
     if args.time and engine.ranks.world() > 1:
         raise UserError("--time measures one process: run it without torchrun")
     engine.device.seed_everything(args.seed)
     engine.device.keep_freed_memory()
     trained = TrainedModel(args, config)
-    if args.sample_gates and not config.gated:
-        raise UserError(f"--sample_gates is for ConvNet-AIG: {args.model} has no gates")
     if config.gated:
         trained.resnet.sample_gates = args.sample_gates
     trained.plain.row_multiple = args.row_multiple

@@ -322,10 +322,11 @@ def curriculum_end(given: dict, num_blocks: int) -> int:
 def main() -> None:
     args = parse_args()
     engine.device.keep_freed_memory()
+    chooses = ("correctness" in engine.checkpoint.read(path) for path in args.load)
+    if args.penalty is not None and not any(chooses):
+        raise UserError("--penalty: no checkpoint of --load can choose for one")
     all_predicted = [Predictions(path, args) for path in args.load]
     predicted = all_predicted[0]
-    if args.penalty is not None and all(p.trained.args.penalty is None for p in all_predicted):
-        raise UserError("--penalty: no checkpoint of --load can choose for one")
     names = predicted.test.class_names
     classes = chosen_classes(args, names, predicted)
 

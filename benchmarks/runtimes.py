@@ -143,8 +143,8 @@ def flop_ratio(trained: TrainedModel, tensors) -> float:
     with torch.no_grad():
         policy = torch.cat([trained.run(x)[1] for x in tensors]).double()
     fixed, per_block = trained.resnet_flops()
-    ours, _ = trained.flops()
-    return (fixed + per_block.sum().item()) / (ours + (policy @ per_block).mean().item())
+    ours = fixed + trained.decision_flops() + (policy @ per_block).mean().item()
+    return (fixed + per_block.sum().item()) / ours
 
 
 def main() -> None:

@@ -31,13 +31,13 @@ def measure(
         found = loop.correct_under(trained.resnet, policies, test, trained.args.precision, label)
         return found.double().mean().item()
 
-    fixed, per_block = trained.flops()
-    resnet_fixed, _ = trained.resnet_flops()
+    static = StaticPolicies(trained, test, len(policies))
+    decision = trained.decision_flops()
     kept = policies.count_nonzero(1).double()
     cost = {"blocks": kept.mean().item()}
-    cost["flops"] = fixed + (policies.double() @ per_block).mean().item()
+    blocks_flops = decision + (policies.double() @ static.per_block).mean().item()
+    cost["flops"] = static.fixed + blocks_flops
     deals = [accuracy(utils.deal(policies, seed), "shuffled") for seed in range(DEALS)]
-    static = StaticPolicies(trained, test, len(policies))
     full = loop.correct_under(
         trained.resnet, torch.ones_like(policies), test, trained.args.precision, "full"
     )
@@ -45,8 +45,8 @@ def measure(
         "own": {"accuracy": correct.double().mean().item(), **cost},
         "shuffled": {"accuracy": statistics.mean(deals), **cost, "deals": deals},
         "common": static.under(utils.most_frequent(policies), "common"),
-        "static": static.best(torch.ones_like(per_block), cost["blocks"]),
-        "static_same_flops": static.best(per_block, cost["flops"] - resnet_fixed),
+        "static": static.best(torch.ones_like(static.per_block), cost["blocks"]),
+        "static_same_flops": static.best(static.per_block, blocks_flops),
         "full": {"accuracy": full.double().mean().item(), "blocks": trained.config.num_blocks},
         "blocks_where_full_is_right": kept[full].mean().item(),
         "blocks_where_full_is_wrong": kept[~full].mean().item(),

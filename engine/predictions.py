@@ -59,8 +59,7 @@ class Predictions:
     @property
     def full_flops(self) -> float:
         """FLOPs of the full ResNet, without what decides."""
-        fixed, per_block = self.trained.resnet_flops()
-        return fixed + float(per_block.sum())
+        return self.fixed - self.trained.decision_flops() + float(self.per_block.sum())
 
     def _predictions(self) -> dict[str, Any]:
         """What `_predict` finds, from the cache beside the checkpoint if it is of the same."""

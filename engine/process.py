@@ -5,6 +5,7 @@ SIGTERM is how clusters pre-empt a job: a run then stops soon, at a place to go 
 
 import multiprocessing
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ FULL_MEMORY = (
     "the GPU's memory is full: train on fewer images at a time with --micro_batch N, or take a "
     "smaller --batch_size"
 )
+STANDARD_OUTPUT = 1
 SECONDS_TO_STOP = 8  # clusters kill some time after SIGTERM, often half a minute
 
 _requested = False
@@ -124,7 +126,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        if output_is_read():  # another pipe's end, which is to be seen
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STANDARD_OUTPUT)  # Python flushes once more
         status = 128 + signal.SIGPIPE
     except UserError as error:
         status = fail(error, str(error), 2)
@@ -137,6 +141,13 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     else:
         status = 0
     leave(status)
+
+
+def output_is_read() -> bool:
+    """Whether there is still somebody at the other end of standard output."""
+    poll = select.poll()
+    poll.register(STANDARD_OUTPUT, 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def fail(error: BaseException, message: str, status: int) -> int:

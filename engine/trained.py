@@ -115,11 +115,15 @@ class TrainedModel:
     def flops(self) -> tuple[int, Tensor]:
         """FLOPs of what every image runs, its decision included, and of each block, (K,)."""
         fixed, per_block = self.resnet_flops()
-        return fixed + decision_flops(self.resnet, self.policy_net, self.input_size), per_block
+        return fixed + self.decision_flops(), per_block
 
     def resnet_flops(self) -> tuple[int, Tensor]:
         """The same of the ResNet alone, without what decides."""
         return utils.block_flops(self.plain, self.input_size)
+
+    def decision_flops(self) -> int:
+        """FLOPs an image of what decides; see the function of this name."""
+        return decision_flops(self.resnet, self.policy_net, self.input_size)
 
     @property
     def input_size(self) -> tuple[int, int, int]:

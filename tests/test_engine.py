@@ -239,3 +239,13 @@ def test_tensorboards_writer_is_pytorchs_own_where_the_other_is_missing(monkeypa
     monkeypatch.setitem(sys.modules, "tensorboardX", None)  # an import of it fails
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", own)
     assert engine.logs.summary_writer(tmp_path, 3).made == (str(tmp_path), 3)
+
+
+def test_another_pipes_end_is_seen():
+    """Only a reader of the output that has gone is no error; see tests/test_refusals.py."""
+
+    def main():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        engine.run_script(main)

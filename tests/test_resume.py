@@ -8,12 +8,10 @@ import sys
 import time
 
 import pytest
-from conftest import ENV, metrics, named, options_of, refused, trained
+from conftest import ENV, ROOT, metrics, named, options_of, refused, trained
 from faults import same
 
 from engine import checkpoint
-
-ROOT = checkpoint.ROOT
 
 FASTER = {  # than the released recipe: what the README offers, all at once
     "cl_training": ["--schedule", "cosine", "--alpha_end", 0.95, "--samples", 2, "--cl_blocks", 3],
