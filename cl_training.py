@@ -185,6 +185,11 @@ def main() -> None:
         resnet.execution = args.execution
         if args.execution == "sparse":  # it never changes, so its inference-only twin will do
             resnet, _ = models.deploy(resnet, dtype=engine.device.dtype(args.precision))
+        if correctness is not None and not args.load:
+            found = engine.candidates.find(resnet, train, config.stages, args.precision)
+            correctness.candidates.copy_(found)
+            shown = " ".join(utils.shares_of(policy, config.stages) for policy in found)
+            run.note(f"--warm_start chooses how many first blocks of each stage to keep: {shown}")
 
         for epoch in run.epochs():
             now = schedule.at(args, epoch)

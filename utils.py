@@ -203,20 +203,23 @@ def most_frequent(policies: Tensor) -> Tensor:
 
 
 def static_policy(name: str, stages: Sequence[int], seed: int = 0) -> Tensor:
-    """The paper's static baselines, and one more: the same N of K blocks for every image
+    """The paper's static baselines, and two more: the same N of K blocks for every image
     (section 4.2).
 
     name: "first:N" keeps the first blocks, "random:N" as many drawn with `seed`, "random:N:SEED"
     with its own, "distribute:N" the first ones of each stage, shared as evenly as the stages allow,
-    earlier stages first. "late:N", not the paper's, shares them among the later stages, the last
-    one first, and leaves the first stage one block until those are full. Returns a (K,) float
-    tensor. Raises ValueError when there are no N blocks or the name means nothing.
+    earlier stages first. Not the paper's are "late:N", which shares them among the later stages,
+    the last one first, and leaves the first stage one block until those are full, and "2-3-5", so
+    many first blocks of each stage. Returns a (K,) float tensor. Raises ValueError when there are
+    no such blocks or the name means nothing.
     """
+    if re.fullmatch(r"\d+(-\d+)+", name):
+        return first_blocks(spelt_shares(name, stages), stages)
     spelt = re.fullmatch(r"(?:(first|distribute|late):(\d+))|(random):(\d+)(?::(\d+))?", name)
     if not spelt:
         raise ValueError(
             f"{name!r} is not first:N, random:N, random:N:SEED, distribute:N or late:N, N blocks "
-            "to keep"
+            "to keep, nor N-N-N, those of each stage"
         )
     kind, keep = spelt[1] or spelt[3], int(spelt[2] or spelt[4])
     seed = int(spelt[5] or seed)
@@ -234,9 +237,16 @@ def static_policy(name: str, stages: Sequence[int], seed: int = 0) -> Tensor:
         while sum(shares) < keep:
             open_stages = [i for i, depth in enumerate(stages) if shares[i] < depth]
             shares[min(open_stages, key=lambda i: turn(kind, i, shares[i]))] += 1
-        for start, share in zip(_stage_starts(stages), shares, strict=True):
-            policy[start : start + share] = 1
+        policy = first_blocks(shares, stages)
     return policy
+
+
+def spelt_shares(name: str, stages: Sequence[int]) -> list[int]:
+    """The numbers of a static policy such as "2-3-5". Raises ValueError where they do not fit."""
+    shares = [int(share) for share in name.split("-")]
+    if len(shares) != len(stages) or any(n > k for n, k in zip(shares, stages, strict=True)):
+        raise ValueError(f"{name!r}: the stages have {'-'.join(map(str, stages))} blocks")
+    return shares
 
 
 def turn(kind: str, stage: int, share: int) -> tuple[int, ...]:
@@ -246,17 +256,50 @@ def turn(kind: str, stage: int, share: int) -> tuple[int, ...]:
     return stage == 0 and share > 0, share, -stage
 
 
-DEPTHS = (0.2, 0.27, 0.33, 0.4, 0.47, 0.53, 0.6, 0.7, 0.85, 1.0)  # parts of all K blocks
+MAX_CANDIDATES = 10
 
 
-def candidate_policies(stages: Sequence[int]) -> Tensor:
-    """A few policies to choose among, (C, K): nested ones from few blocks up to all.
-
-    They are those of "late:N": on ResNets that serve every route these are the best of their size.
+def candidate_depths(stages: Sequence[int]) -> list[int]:
+    """Numbers of blocks, each larger than the last by about the same factor: from one block a stage
+    to all K, ten where there are as many.
     """
-    num_blocks = sum(stages)
-    depths = sorted({max(1, round(num_blocks * part)) for part in DEPTHS})
-    return torch.stack([static_policy(f"late:{depth}", stages) for depth in depths])
+    few, num_blocks = len(stages), sum(stages)
+    count = min(MAX_CANDIDATES, num_blocks - few + 1)
+    depths = [few]
+    for i in range(1, count):
+        depths.append(max(depths[-1] + 1, round(few * (num_blocks / few) ** (i / (count - 1)))))
+    return depths
+
+
+def candidate_policies(stages: Sequence[int], loss: Callable[[Tensor], float]) -> Tensor:
+    """A few nested policies to choose among, (C, K), of as many blocks as `candidate_depths` says.
+
+    Of each stage the first blocks are kept. Beginning with one a stage, the next ones, an eighth as
+    many as there are, go to the stage where loss(policy), of a policy (K,), comes out lowest.
+    """
+    shares, found = [1] * len(stages), []
+    for depth in candidate_depths(stages):
+        while (missing := depth - sum(shares)) > 0:
+            more = max(1, min(missing, sum(shares) // 8))
+            grown = [
+                [min(n + more * (i == j), stages[j]) for j, n in enumerate(shares)]
+                for i in range(len(stages))
+                if shares[i] < stages[i]
+            ]
+            shares = min(grown, key=lambda longer: loss(first_blocks(longer, stages)))
+        found.append(first_blocks(shares, stages))
+    return torch.stack(found)
+
+
+def first_blocks(shares: Sequence[int], stages: Sequence[int]) -> Tensor:
+    """The policy (K,) that keeps the first blocks of each stage, so many of each."""
+    kept = [torch.arange(depth) < share for share, depth in zip(shares, stages, strict=True)]
+    return torch.cat(kept).float()
+
+
+def shares_of(policy: Tensor, stages: Sequence[int]) -> str:
+    """How many blocks of each stage a policy (K,) keeps, such as "1-2-3"."""
+    return "-".join(str(int(part.sum())) for part in policy.split(list(stages)))
 
 
 def expected_reward(right: Tensor, candidates: Tensor, penalty: float | Tensor) -> Tensor:
@@ -285,10 +328,6 @@ def random_route(noise: Tensor, stages: Sequence[int], flip: float) -> Tensor:
     policy = position < shares.repeat_interleave(depth)
     flipped = (noise[len(stages)] < 0.5) & (noise[len(stages) + 1 :] < flip)
     return (policy ^ flipped).to(noise.dtype)
-
-
-def _stage_starts(stages: Sequence[int]) -> list[int]:
-    return [sum(stages[:i]) for i in range(len(stages))]
 
 
 def count_flops(module: nn.Module, input_size: Sequence[int], *args: Tensor) -> int:

@@ -277,9 +277,10 @@ def add_dependence(report: Report, predicted: Predictions) -> None:
     right, wrong = (found[f"blocks_where_full_is_{side}"] for side in ("right", "wrong"))
     add_points(report, "dependence", "What the decisions owe to the image",
         "Own: each image under its own policy. Shuffled: the same policies dealt to other images. "
-        "Common: the most frequent one for all. Static: the better one of DistributeK and LateK "
-        "with as many blocks, and with what deciding costs spent on blocks as well. All on the "
-        f"same network. Images that the full network gets right have {right:.2f} blocks, those "
+        "Common: the most frequent one for all. Static: the best one of DistributeK, LateK and the "
+        "policy network's candidates with as many blocks, and with what deciding costs spent on "
+        "blocks as well. All on the same network. "
+        f"Images that the full network gets right have {right:.2f} blocks, those "
         f"that it gets wrong {wrong:.2f}.",
         points, "FLOPs an image", "{:.3g}")  # fmt: skip
 

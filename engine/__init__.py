@@ -1,6 +1,6 @@
 """Everything around the method: data, checkpoints, devices, logs and shared options."""
 
-from . import checkpoint, data, dependence, device, options, ranks, schedule, weights
+from . import candidates, checkpoint, data, dependence, device, options, ranks, schedule, weights
 from .loop import Results, evaluate
 from .process import UserError, run_script, user_errors
 from .run import Run
@@ -13,6 +13,7 @@ __all__ = [
     "Shard",
     "TrainedModel",
     "UserError",
+    "candidates",
     "checkpoint",
     "data",
     "dependence",

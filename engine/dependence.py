@@ -1,6 +1,7 @@
 """What a network's decisions owe to the image, and whether looking at it pays."""
 
 import statistics
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ def measure(
 
     policies (N, K) and correct (N,) are what the images of `test` have under their own ones.
     "shuffled" deals the same policies to other images, the mean of DEALS deals; "common" is the
-    most frequent policy for all; "static" is the better one of DistributeK and LateK with as many
-    blocks, and "static_same_flops" with what deciding costs spent on blocks as well. Also how many
-    blocks the images get that the full network recognises, and those that it does not.
+    most frequent policy for all; "static" is the best one of DistributeK, LateK and the candidates
+    of the policy network, where it has some, with as many blocks, and "static_same_flops" with what
+    deciding costs spent on blocks as well. Also how many blocks the images get that the full
+    network recognises, and those that it does not.
     """
 
     def accuracy(policies: Tensor, label: str) -> float:
@@ -72,31 +74,42 @@ class StaticPolicies:
             "flops": self.fixed + (policy.double() @ self.per_block).item(),
         }
 
-    def named(self, name: str) -> dict[str, Any]:
-        """The same under a policy such as late:8."""
-        if name not in self.tried:
-            policy = utils.static_policy(name, self.trained.config.stages)
-            self.tried[name] = {"policy": name, **self.under(policy)}
-        return self.tried[name]
+    def costing(
+        self, policies: Mapping[str, Tensor], cost: Tensor, target: float
+    ) -> dict[str, Any] | None:
+        """Of ever longer policies (K,), by name, the one that meets the target, where a block costs
+        so much, cost (K,); None where the first costs more.
 
-    def costing(self, kind: str, cost: Tensor, target: float) -> dict[str, Any]:
-        """As many blocks as meet the target, where a block costs so much, cost (K,).
-
-        Where no K costs just as much, images are shared out between two neighbouring ones.
+        Where none costs just as much, images are shared out between two neighbouring ones.
         """
-        config = self.trained.config
-        names = [f"{kind}:{keep}" for keep in range(config.num_blocks + 1)]
-        policies = torch.stack([utils.static_policy(name, config.stages) for name in names])
-        costs = policies.double() @ cost
+        names = list(policies)
+        costs = torch.stack(list(policies.values())).double() @ cost
         fits = int((costs <= target * (1 + 1e-9)).sum()) - 1
-        row, missing = self.named(names[fits]), target - costs[fits].item()
+        if fits < 0:
+            return None
+        row, missing = self.named(names[fits], policies), target - costs[fits].item()
         if names[fits] == names[-1] or missing <= 1e-9 * target:
             return row
-        more, share = self.named(names[fits + 1]), missing / costs.diff()[fits].item()
+        more, share = self.named(names[fits + 1], policies), missing / costs.diff()[fits].item()
         mixed = {n: (1 - share) * row[n] + share * more[n] for n in row if n != "policy"}
         return {"policy": f"{names[fits]} and {names[fits + 1]}", **mixed}
 
+    def named(self, name: str, policies: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What `under` says of one of them."""
+        if name not in self.tried:
+            self.tried[name] = {"policy": name, **self.under(policies[name])}
+        return self.tried[name]
+
     def best(self, cost: Tensor, target: float) -> dict[str, Any]:
-        """The better one of DistributeK and LateK; see `costing`."""
-        found = [self.costing(kind, cost, target) for kind in ("distribute", "late")]
-        return max(found, key=lambda row: row["accuracy"])
+        """The best one of all kinds; see `costing`."""
+        found = [self.costing(policies, cost, target) for policies in self.kinds()]
+        return max(filter(None, found), key=lambda row: row["accuracy"])
+
+    def kinds(self) -> Iterator[dict[str, Tensor]]:
+        """Policies (K,) by name, from few to many blocks: DistributeK, LateK and candidates."""
+        stages = self.trained.config.stages
+        for kind in ("distribute", "late"):
+            names = [f"{kind}:{keep}" for keep in range(sum(stages) + 1)]
+            yield {name: utils.static_policy(name, stages) for name in names}
+        if self.trained.candidates is not None:
+            yield {utils.shares_of(policy, stages): policy for policy in self.trained.candidates}

@@ -109,8 +109,8 @@ def add_base(options: Parser) -> None:
 def add_static(options: Parser) -> None:
     options.add_argument(
         "--policy",
-        help="static baseline first:K, random:K[:SEED], distribute:K or late:K, not the policy "
-        "network",
+        help="static baseline first:K, random:K[:SEED], distribute:K, late:K or, by stages, 2-3-5, "
+        "not the policy network",
     )
 
 

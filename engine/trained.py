@@ -35,7 +35,8 @@ class TrainedModel:
     """The networks that options name with --model, --load, --base and --policy, to be evaluated.
 
     `policy_net` is None where all images get the policy `static`, (K,), and for ConvNet-AIG, whose
-    gates are in `resnet`; `policy_name` is the static policy's, if it has one.
+    gates are in `resnet`; `policy_name` is the static policy's, if it has one. `candidates` (C, K)
+    are what its policy network learned to choose among, if it had a warm start.
     """
 
     def __init__(self, args, config: Config):
@@ -45,6 +46,7 @@ class TrainedModel:
         device.tell_if_slow(self.device, args.precision)
         content = weights.read_for(config, args.load) if args.load else {}
         self.resnet, self.policy_net = models.build(args.model, config.num_classes)
+        self.candidates = content.get("correctness", {}).get("candidates")
         if config.gated:
             self._load_gated(content)
         else:

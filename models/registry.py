@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass, replace
 
+import torch
+
 import utils
 
 from .aig import GatedResNet
@@ -149,8 +151,11 @@ def build(
 
 
 def build_correctness(spec: Config, policy_net: PolicyNet) -> Correctness:
-    """The head by which a policy network chooses for any penalty, weights initialised."""
-    candidates = utils.candidate_policies(spec.stages)
+    """The head by which a policy network chooses for any penalty, weights initialised.
+
+    Its candidates all keep every block until others are found or loaded.
+    """
+    candidates = torch.ones(len(utils.candidate_depths(spec.stages)), spec.num_blocks)
     return Correctness(policy_net.features.num_features, spec.num_classes, candidates)
 
 

@@ -100,6 +100,9 @@ def main(micro_batch, path):
         return {"policy": policy, "reward": reward, "correct": correct, "label": labels}
 
     found["evaluation"] = engine.evaluate(test_step, loader(spec, training=False), "fp32").gather()
+    data = loader(spec, training=True)
+    data.epoch = double(data.epoch)
+    found["candidates"] = engine.candidates.find(resnet, data, spec.stages, "fp32")
     if ranks.is_main():
         torch.save(found, path)
 

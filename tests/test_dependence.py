@@ -58,6 +58,7 @@ def test_dependence_on_the_image(kind):
     trained.args = SimpleNamespace(precision="fp32")
     trained.config, trained.resnet = models.config("R14_C10"), resnet
     trained.policy_net = models.build("R14_C10")[1]
+    trained.candidates = None
     per_block = torch.full((6,), 1e6, dtype=torch.float64)
     decision = utils.count_flops(trained.policy_net, (3, 32, 32))
     trained.resnet_flops = lambda: (100_000_000 - decision, per_block)
@@ -94,6 +95,45 @@ def test_dependence_on_the_image(kind):
         assert found["blocks_where_full_is_wrong"] == pytest.approx(sum(wrong) / len(wrong))
     else:
         assert math.isnan(found["blocks_where_full_is_wrong"])
+
+
+def test_static_policies_are_compared_with_the_candidates_as_well():
+    """Of a ResNet that is right with the last stage's blocks, one of which the candidates keep."""
+    count = 90
+    needed = torch.arange(count) % 3  # blocks of the last stage that an image needs
+
+    class LastStage(torch.nn.Module):
+        def forward(self, images, policy):
+            right = policy[:, 4:].sum(1) >= images[:, 0, 0, 0]
+            return torch.stack([right.float(), 1 - right.float()], 1)
+
+    class Loader:
+        num_images, batch_size = count, count
+
+        def __len__(self):
+            return 1
+
+        def epoch(self, epoch, skip=0):
+            images = needed.float()[:, None, None, None].expand(-1, 3, 32, 32)
+            yield images, torch.zeros(count).long(), Shard(0, count, count, step=0)
+
+    trained = object.__new__(engine.TrainedModel)
+    trained.args = SimpleNamespace(precision="fp32")
+    trained.config, trained.resnet = models.config("R14_C10"), LastStage()
+    per_block = torch.full((6,), 1e6, dtype=torch.float64)
+    trained.resnet_flops = lambda: (100_000_000, per_block)
+    trained.candidates = torch.tensor([[0.0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1], [1] * 6])
+    static = engine.dependence.StaticPolicies(trained, Loader(), count)
+    assert static.best(per_block, 1e6)["policy"] in ("late:1", "0-0-1")
+    found = static.best(per_block, 1.5e6)  # neither DistributeK nor LateK has two there
+    assert found["policy"] == "0-0-1 and 0-0-2"
+    assert found["accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert found["flops"] == pytest.approx(101.5e6)
+    # less than the first candidate costs
+    assert static.best(per_block, 0.5e6)["policy"] == "late:0 and late:1"
+    trained.candidates = None
+    static = engine.dependence.StaticPolicies(trained, Loader(), count)
+    assert static.best(per_block, 1.5e6)["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_dependence_is_printed_and_kept(run, common, base_file, stage_1, tmp_path):

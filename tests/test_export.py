@@ -178,9 +178,10 @@ def test_convnet_aig(images, tmp_path, run_file):
 @pytest.mark.parametrize("penalty", [-0.5, -5])
 def test_a_policy_that_chooses_for_a_penalty(export, images, tmp_path, penalty):
     torch.manual_seed(2)
-    head = models.Correctness(64, 10, utils.candidate_policies((2, 2, 2)))
+    head = models.Correctness(64, 10, utils.candidate_policies((2, 2, 2), lambda policy: 0.0))
     for layer in (head.classes, head.hidden, head.linear):
         torch.nn.init.normal_(layer.weight, 0, 1)
+    torch.nn.init.normal_(head.linear.weight, 0, 0.05)  # no probability so near 0 that all tie
     resnet, policy_net = stage2(
         tmp_path / "ckpt.t7", images, extra={"correctness": head.state_dict()}
     )

@@ -54,6 +54,8 @@ def test_gradients_and_figures_are_those_of_one_process(alone, tmp_path, process
             assert len(found) == (23 if processes < 3 else 21)
     for key, value in alone["evaluation"].items():
         assert torch.equal(several["evaluation"][key], value), key
+    if processes < 3:
+        assert torch.equal(several["candidates"], alone["candidates"])
 
 
 def test_the_scripts_run_under_torchrun(cifar_dir, base_file, tmp_path):

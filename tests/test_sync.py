@@ -336,7 +336,7 @@ def test_losses_and_rewards_stay_on_the_gpu(stage, fake):
         mask = utils.curriculum_mask(6, 3, GPU)
         step = partial(cl.train_step, policy_net, fast, mask=mask)
     elif stage == "1, warm":
-        candidates = utils.candidate_policies((2, 2, 2)).to(GPU)
+        candidates = torch.ones(4, 6, device=GPU)
         with GPU:
             head = models.Correctness(policy_net.features.num_features, 10, candidates)
         learner = models.WithCorrectness(policy_net, head)

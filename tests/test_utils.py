@@ -236,13 +236,23 @@ def test_static_policies():
     assert utils.static_policy("distribute:8", (1, 5, 5)).tolist() == [1] + [1, 1, 1, 1, 0] + [
         1, 1, 1, 0, 0,
     ]  # fmt: skip
+    by_stages = utils.static_policy("2-0-1", (3, 1, 2))
+    assert by_stages.tolist() == [1, 1, 0, 0, 1, 0]
+    assert utils.shares_of(by_stages, (3, 1, 2)) == "2-0-1"
     drawn = [tuple(utils.static_policy("random:7", stages, seed).tolist()) for seed in range(8)]
     assert all(sum(policy) == 7 for policy in drawn) and len(set(drawn)) > 1
     assert drawn[3] == tuple(utils.static_policy("random:7:3", stages, 0).tolist())
 
 
 @pytest.mark.parametrize(
-    "name, reason", [("first:16", "static policy"), ("first:-1", "first:N"), ("best:3", "first:N")]
+    "name, reason",
+    [
+        ("first:16", "static policy"),
+        ("first:-1", "first:N"),
+        ("best:3", "first:N"),
+        ("1-2", "5-5-5"),
+        ("1-6-1", "5-5-5"),
+    ],
 )
 def test_impossible_static_policies_are_refused(name, reason):
     with pytest.raises(ValueError, match=reason):
@@ -295,13 +305,47 @@ def test_the_most_frequent_policy():
     assert utils.most_frequent(torch.tensor(rows)).tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("stages", [(5, 5, 5), (18, 18, 18), (2, 2, 2), (3, 4, 23, 3)])
-def test_candidates_are_nested_up_to_all_blocks(stages):
-    candidates = utils.candidate_policies(stages)
-    kept = candidates.sum(1).tolist()
-    assert kept == sorted(set(kept)) and kept[-1] == sum(stages) and len(kept) >= 5
+@pytest.mark.parametrize(
+    "stages, depths",
+    [
+        ((5, 5, 5), [3, 4, 5, 6, 7, 8, 9, 10, 13, 15]),
+        ((18, 18, 18), [3, 4, 6, 8, 11, 15, 21, 28, 39, 54]),
+        ((2, 2, 2), [3, 4, 5, 6]),
+        ((3, 4, 23, 3), [4, 5, 6, 8, 10, 13, 16, 21, 26, 33]),
+        ((1, 1, 1), [3]),
+    ],
+)
+def test_candidates_are_nested_up_to_all_blocks(stages, depths):
+    assert utils.candidate_depths(stages) == depths
+    torch.manual_seed(0)
+    candidates = utils.candidate_policies(stages, lambda policy: torch.rand(()).item())
+    assert candidates.sum(1).tolist() == depths
     for shorter, longer in zip(candidates, candidates[1:], strict=False):
         assert (longer - shorter >= 0).all()
+    for policy in candidates:  # the first blocks of each stage
+        assert torch.equal(policy, utils.static_policy(utils.shares_of(policy, stages), stages))
+
+
+def test_candidates_grow_where_the_loss_is_lowest():
+    """Of a loss by which the last stage is worth most until it has four, then the second."""
+    asked = []
+
+    def loss(policy):
+        a, b, c = policy.view(3, 5).sum(1).tolist()
+        asked.append(policy.sum().item())
+        return -(0.1 * a + 2 * b + 3 * min(c, 4))
+
+    candidates = utils.candidate_policies((5, 5, 5), loss)
+    shares = [utils.shares_of(policy, (5, 5, 5)) for policy in candidates]
+    assert shares == [
+        *("1-1-1", "1-1-2", "1-1-3", "1-1-4", "1-2-4"),
+        *("1-3-4", "1-4-4", "1-5-4", "4-5-4", "5-5-5"),
+    ]
+    assert max(asked) == 15 and len(asked) < 3 * 12
+    # in deep ResNets an eighth at a time
+    count = len(asked)
+    utils.candidate_policies((18, 18, 18), lambda policy: asked.append(0) or 0.0)
+    assert len(asked) - count < 3 * 51 / 2
 
 
 def test_expected_rewards_against_a_loop():
