@@ -26,7 +26,9 @@ try:
 except ImportError:
     print("make gpu: this Python has no torch: name one that has, PYTHON=...", file=sys.stderr)
     sys.exit(2)
+
 from measure import machine, table
+from measure import write as write_json
 
 from engine import options, run_script
 from engine.checkpoint import ROOT
@@ -216,9 +218,10 @@ def inference_table(rows: list[dict]) -> str:
 def write(out: Path, facts: dict, done: list[dict], left_out: list[str]) -> str:
     """Both files; returns the Markdown."""
     content = {"machine": facts, "steps": done, "left_out": left_out}
-    (out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(content, out / "gpu.json")
     text = report(facts, done, left_out)
-    (out / "gpu.md").write_text(text)
+    with user_errors(out / "gpu.md"):
+        (out / "gpu.md").write_text(text)
     return text
 
 

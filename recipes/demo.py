@@ -117,8 +117,11 @@ class Demo:
         self.out, self.common = out, common
 
     def run(self, command: list[str], quiet: bool = False) -> float:
-        """One script; its seconds."""
-        command = [command[0], *self.common, *command[1:]]
+        """One script under the options of all; its seconds."""
+        return self.call([command[0], *self.common, *command[1:]], quiet)
+
+    def call(self, command: list[str], quiet: bool = False) -> float:
+        """One script; its seconds. Raises UserError where it fails."""
         print("$ python " + shlex.join(command), flush=True)
         start = time.perf_counter()
         result = subprocess.run(
@@ -206,7 +209,7 @@ def main() -> None:
     demo.profile("stage 2", "--load", str(tuned), "--dependence")
     names.append("stage 2")
     rows = [f"{name}={demo.figures(name)}" for name in names]
-    subprocess.run([sys.executable, "benchmarks/summary.py", *rows], cwd=ROOT, check=True)
+    demo.call(["benchmarks/summary.py", *rows])
     took = time.perf_counter() - began
     print(f"took {took / 60:.1f} minutes, forecast {forecast / 60:.1f}")
 
