@@ -1,24 +1,21 @@
 """Inference-only twins of the networks, for when the clock counts.
 
-BatchNorm is folded into the convolutions, weights and activations stay in one dtype, and the sum
-and relu that end a block run inside its last convolution where the backend has such a kernel
-(oneDNN on the CPU). A block writes over the rows that keep it, so the others are not touched.
+Weights and activations stay in one dtype; `deployed_block` has what makes a block fast.
 """
 
-from collections.abc import Container
 from copy import deepcopy
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
-from . import capabilities, execution
+from . import execution
 from .aig import CLOSED, OPEN, Gate, GatedResNet
-from .execution import as_images, as_rows
+from .deployed_block import Batch, Block, Conv, refuse_unknown
 from .policy import PolicyAtPenalty, PolicyNet, choose
-from .resnet import BasicBlock, Bottleneck, PoolAndPad, ResNet
+from .resnet import ResNet
 
 # Images that pass through the network together on a CPU: few make the overhead of a call weigh,
 # many leave the cache (benchmarks/README.md has the figures). A GPU takes the whole batch.
@@ -42,156 +39,6 @@ def deploy(
         if isinstance(policy_net, PolicyAtPenalty):
             return DeployedResNet(resnet, dtype), DeployedPolicyAtPenalty(policy_net, dtype)
         return DeployedResNet(resnet, dtype), policy_net and DeployedPolicy(policy_net, dtype)
-
-
-# oneDNN orders weights for the batch that they will meet. With AVX2 an order for one image is up to
-# seven times slower on ten, the other way round up to twenty times; one for this many serves all.
-PACKED_BATCH = 16
-
-
-class Conv:
-    """A convolution with its BatchNorm folded in, and what follows it in a residual network."""
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype):
-        conv, norm = deepcopy(conv).eval(), deepcopy(norm).eval()
-        folded = fuse_conv_bn_eval(conv, norm)
-        weight = folded.weight.detach().to(dtype)
-        self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self.bias = folded.bias.detach().to(dtype)
-        self.geometry = (list(conv.padding), list(conv.stride), [1, 1], 1)
-        self.onednn = conv.weight.device.type == "cpu" and capabilities.fused_convolutions(dtype)
-        self.packed: dict[tuple[int, ...], Tensor] = {}
-        self.threads = 0
-
-    def weight_for(self, x: Tensor) -> Tensor:
-        """The weight as oneDNN's kernels read it, made at the first batch of this kind.
-
-        A packing holds for one number of threads as well: another costs a reordering a call.
-        """
-        threads = torch.get_num_threads()
-        if threads != self.threads:
-            self.packed, self.threads = {}, threads
-        size = (1 if len(x) == 1 else PACKED_BATCH, *x.shape[1:])
-        if size not in self.packed:
-            self.packed[size] = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, *self.geometry, size
-            )
-        return self.packed[size]
-
-    def plain(self, x: Tensor) -> Tensor:
-        if self.onednn:
-            return self.fused(x, "none")
-        padding, stride, _, _ = self.geometry
-        return F.conv2d(x, self.weight, self.bias, stride, padding)
-
-    def relu(self, x: Tensor) -> Tensor:
-        """relu(conv(x))."""
-        return self.fused(x, "relu") if self.onednn else self.plain(x).relu_()
-
-    def fused(self, x: Tensor, activation: str) -> Tensor:
-        """Convolution and activation in one kernel, as torch.compile emits for frozen networks."""
-        weight = self.weight_for(x)
-        return torch.ops.mkldnn._convolution_pointwise.default(
-            x, weight, self.bias, *self.geometry, activation, [], ""
-        )
-
-    def add_relu(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """relu(shortcut + conv(x)), written over `shortcut`."""
-        if self.onednn:
-            weight = self.weight_for(x)
-            return torch.ops.mkldnn._convolution_pointwise_.binary(
-                shortcut, x, weight, self.bias, *self.geometry, "add", 1.0, "relu", [], ""
-            )
-        return shortcut.add_(self.plain(x)).relu_()
-
-
-class Batch:
-    """Images (B, C, H, W), channels_last, and the same memory as a matrix with one row an image.
-
-    Both views are made once and serve many blocks: at small batches making them anew would cost
-    as much as the arithmetic.
-    """
-
-    def __init__(self, images: Tensor, matrix: Tensor | None = None):
-        self.images = images.contiguous(memory_format=torch.channels_last)
-        self.matrix = as_rows(self.images) if matrix is None else matrix
-
-    def take(self, rows: Tensor | range) -> "Batch":
-        """A copy of some rows; of a range the rows themselves."""
-        if isinstance(rows, range):
-            span = slice(rows.start, rows.stop)
-            return Batch(self.images[span], self.matrix[span])
-        matrix = self.matrix.index_select(0, rows)
-        return Batch(as_images(matrix, self.images), matrix)
-
-    def put_(self, rows: Tensor | range, kept: "Batch") -> None:
-        """Write back what `take` gave."""
-        if not isinstance(rows, range):
-            self.matrix.index_put_((rows,), kept.matrix)
-
-
-def refuse_unknown(module: nn.Module, known: Container[str], what: str) -> None:
-    """A part that a twin would leave out, or a network of another kind, is an error at once."""
-    for name, child in module.named_children():
-        if name not in known:
-            kind = type(child).__name__
-            raise ValueError(f"deploy does not know {name} ({kind}) of {what}")
-
-
-class Block:
-    """A residual block and its shortcut."""
-
-    def __init__(self, branch: nn.Module, shortcut: nn.Module, dtype: torch.dtype):
-        if not isinstance(branch, (BasicBlock, Bottleneck)):
-            raise ValueError(f"deploy does not know blocks of {type(branch).__name__}")
-        count = 2 if isinstance(branch, BasicBlock) else 3
-        known = {f"{part}{i}" for part in ("conv", "bn") for i in range(1, count + 1)}
-        refuse_unknown(branch, known, f"a {type(branch).__name__}")
-        self.convs = [
-            Conv(getattr(branch, f"conv{i}"), getattr(branch, f"bn{i}"), dtype)
-            for i in range(1, count + 1)
-        ]
-        self.is_identity = isinstance(shortcut, nn.Identity)
-        self.shortcut = shortcut
-        if isinstance(shortcut, nn.Sequential):
-            refuse_unknown(shortcut, ("0", "1"), "a shortcut")
-            self.shortcut = Conv(*shortcut, dtype).plain
-        elif not isinstance(shortcut, (nn.Identity, PoolAndPad)):
-            raise ValueError(f"deploy does not know shortcuts of {type(shortcut).__name__}")
-
-    def run(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """relu(shortcut + F(x)), written over `shortcut`, which may be x itself."""
-        for conv in self.convs[:-1]:
-            x = conv.relu(x)
-        return self.convs[-1].add_relu(x, shortcut)
-
-    def full(self, x: Tensor) -> Tensor:
-        return self.run(x, x if self.is_identity else self.shortcut(x))
-
-    def passed(self, x: Tensor, rectify: bool) -> Tensor:
-        """The block for images that drop it; see `sparse`."""
-        if self.is_identity:
-            return x
-        return self.shortcut(x).relu_() if rectify else self.shortcut(x)
-
-    def sparse(self, batch: Batch, rows: Tensor | range, rectify: bool = False) -> Batch:
-        """The block on the rows that keep it, the shortcut on the others; may write over them.
-
-        With `rectify` a shortcut that computes something is followed by relu (ConvNet-AIG).
-        """
-        if len(rows) == 0:
-            return batch if self.is_identity else Batch(self.passed(batch.images, rectify))
-        passed = batch if self.is_identity else Batch(self.shortcut(batch.images))
-        if len(rows) == len(batch.images):
-            self.run(batch.images, passed.images)
-            return passed
-        shortcut = passed.take(rows)
-        kept = shortcut if self.is_identity else batch.take(rows)
-        self.run(kept.images, shortcut.images)
-        if rectify and not self.is_identity:
-            passed.images.relu_()
-        passed.put_(rows, shortcut)
-        return passed
 
 
 def linear(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from test_models import random_norms
 from torch import nn
 
 import models
-from models import deployment, execution
+from models import deployed_block, deployment, execution
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
 
@@ -47,7 +47,7 @@ def test_nested_policies_need_no_gathering(pair, dtype, monkeypatch):
     fast, _ = models.deploy(resnet, dtype=dtype)
     gathered = []
     monkeypatch.setattr(
-        deployment.Batch, "put_", lambda self, rows, kept, put=deployment.Batch.put_: (
+        deployed_block.Batch, "put_", lambda self, rows, kept, put=deployed_block.Batch.put_: (
             gathered.append(not isinstance(rows, range)), put(self, rows, kept)
         ),
     )  # fmt: skip
