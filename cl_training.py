@@ -64,11 +64,11 @@ def start_policy(
         state = weights.torchvision_resnet(18, way_out)
     else:
         content = engine.checkpoint.read(source)
-        weights.tell_other_pixels(config, content, source)
         if weights.policy_bias(content) is not None:
+            weights.tell_other_pixels(config, content, source)
             weights.load_into(policy_net, content, source)
             return
-        state = weights.resnet_weights(content, source)
+        state = weights.start_weights(config, content, source)
     if not models.load_fitting(policy_net.features, state):
         raise UserError(f"{source}: not one tensor fits the policy network")
     if correctness is not None:

@@ -81,9 +81,20 @@ def pretrained_weights(config: Config, given: str) -> tuple[Path, Mapping[str, t
     """The ResNet that `--pretrained` names, of any number of classes: its file and tensors."""
     plain = config.name.replace("AIG", "R")  # what pretrain.py makes
     path = find_base(plain, given, option="--pretrained")
-    content = checkpoint.read(path)
-    tell_other_pixels(config, content, path)
-    return path, resnet_weights(content, path)
+    return path, start_weights(config, checkpoint.read(path), path)
+
+
+def start_weights(
+    config: Config, content: Mapping[str, Any], path: str | Path
+) -> Mapping[str, torch.Tensor]:
+    """A ResNet's tensors to start a model from, whose pixels may be normalised in another way."""
+    state, theirs = resnet_weights(content, path), pixels_of(content)
+    if theirs in (None, pixels(config)):
+        return state
+    try:
+        return models.for_pixels(state, theirs, pixels(config))
+    except (KeyError, RuntimeError):  # no such tensor, or one of another shape
+        raise UserError(f"{path}: holds no ResNet for images of three channels") from None
 
 
 def policy_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str, torch.Tensor]:
@@ -112,17 +123,27 @@ def read_for(config: Config, path: str | Path) -> dict[str, Any]:
 
 def tell_other_pixels(config: Config, content: Mapping[str, Any], path: str | Path) -> None:
     """Say so where a file's network learned from pixels that were normalised in another way."""
-    own, theirs = [list(config.mean), list(config.std)], content.get("normalisation")
-    if theirs is None and isinstance(content.get("model"), str):
-        with suppress(ValueError):  # another code's name
-            other = models.config(content["model"])
-            theirs = [list(other.mean), list(other.std)]
+    own, theirs = pixels(config), pixels_of(content)
     if theirs not in (None, own) and ranks.is_main():
         print(
             f"{path}: learned from pixels of mean and deviation {shown_pixels(theirs)}, where "
             f"{config.name} has {shown_pixels(own)}: it starts from less than it knew",
             file=sys.stderr,
         )
+
+
+def pixels(config: Config) -> list[list[float]]:
+    """Mean and standard deviation by which a model's pixels are normalised."""
+    return [list(config.mean), list(config.std)]
+
+
+def pixels_of(content: Mapping[str, Any]) -> list[list[float]] | None:
+    """The same of a file's network; None where it says nothing."""
+    theirs = content.get("normalisation")
+    if theirs is None and isinstance(content.get("model"), str):
+        with suppress(ValueError):  # another code's name
+            theirs = pixels(models.config(content["model"]))
+    return theirs
 
 
 def shown_pixels(normalisation: list[list[float]]) -> str:

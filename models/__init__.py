@@ -14,6 +14,7 @@ from .policy import (
 from .registry import Config, build, build_correctness, config, names
 from .resnet import ResNet
 from .weights import (
+    for_pixels,
     load_fitting,
     load_gated,
     load_grown,
@@ -39,6 +40,7 @@ __all__ = [
     "config",
     "decider",
     "deploy",
+    "for_pixels",
     "load_fitting",
     "load_gated",
     "load_grown",

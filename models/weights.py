@@ -57,6 +57,25 @@ def load_grown(resnet: ResNet, state: State) -> int:
     return len(places) - len(new)
 
 
+def for_pixels(
+    state: State, old: Sequence[Sequence[float]], new: Sequence[Sequence[float]]
+) -> dict[str, Tensor]:
+    """A ResNet's tensors as they have to be where its pixels come normalised in another way.
+
+    old, new: mean and standard deviation of three channels. Its answers stay the same in evaluation
+    but for the border of zeros around the image, which stands for another colour.
+    """
+    names = our_names(state)
+    weight = names["conv1.weight"]
+    (old_mean, old_std), (new_mean, new_std) = (
+        weight.new_tensor(pixels)[:, :, None, None] for pixels in (old, new)
+    )
+    shift = weight * ((new_mean - old_mean) / old_std)
+    names["conv1.weight"] = weight * (new_std / old_std)
+    names["bn1.running_mean"] = names["bn1.running_mean"] - shift.sum((1, 2, 3))
+    return names
+
+
 def load_policy(policy_net: PolicyNet, state: State) -> None:
     """Load policy weights, the released code's unused `features.fc` left out.
 

@@ -1,6 +1,7 @@
 """Weights of other codes, and checkpoints of the released one, load; anything else is named."""
 
 import collections
+import copy
 import io
 import pickle
 import struct
@@ -11,6 +12,7 @@ from conftest import TINY
 
 import engine
 import models
+from engine import weights
 
 
 def images():
@@ -212,3 +214,34 @@ def test_pretrain_starts_from_a_shallower_resnet(run, cifar_dir, tmp_path):
     assert "3 of 6 blocks, the others add nothing yet" in err
     status, _, err = run(*command[:-4], "--cv_dir", tmp_path / "x", "--pretrained", tmp_path / TINY)
     assert status == 0 and "add nothing" not in err
+
+
+def test_weights_for_pixels_that_are_normalised_in_another_way(tmp_path):
+    """The same answers but for the border, where zeros stand for another colour."""
+    torch.manual_seed(0)
+    ours, theirs = models.config("R32_C10"), models.config("R14_C10")
+    assert ours.mean != theirs.mean
+    source, _ = models.build("R14_C10")
+    with torch.no_grad():
+        source.bn1.running_mean.normal_(), source.bn1.running_var.uniform_(0.5, 2)
+    source.double().eval()
+    content = {"state_dict": source.state_dict(), "model": "R14_C10"}
+    target = copy.deepcopy(source)
+    models.load_resnet(target, weights.start_weights(ours, content, "a.t7"))
+    images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (ours.mean, ours.std))
+
+    def stem(resnet, x):
+        return resnet.bn1(resnet.conv1(x))[:, :, 1:-1, 1:-1]
+
+    with torch.no_grad():
+        expected, found = stem(source, images), stem(target, (images - mean) / std)
+        assert (stem(source, (images - mean) / std) - expected).abs().max() > 0.1
+        # mean and deviation stand in the configuration in single precision's digits
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    same = weights.start_weights(theirs, content, "a.t7")
+    assert all(torch.equal(same[n], t) for n, t in source.state_dict().items())
+    for name in ("conv1.weight", "bn1.running_mean"):
+        state = {n: t for n, t in source.state_dict().items() if n != name}
+        with pytest.raises(engine.UserError, match="b.t7"):
+            weights.start_weights(ours, content | {"state_dict": state}, "b.t7")
