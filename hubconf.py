@@ -17,14 +17,18 @@ dependencies = ["torch", "numpy"]
 
 _ROOT = _Path(__file__).resolve().parent
 
-# An entry's model and its checkpoint, the one file that fits.
+# An entry's model and its checkpoint, the one file that fits; where that is of stage 1, its base.
 _SHIPPED = {
     "R32_C10": ("R32_C10", "cv/R32_C10/stage2/ckpt_*.t7"),
     "R32_C10_anytime": ("R32_C10", "cv/R32_C10/penalties/ckpt_*.t7"),
     "R32_C10_distribute7": ("R32_C10", "cv/R32_C10/distribute7/ckpt_*.t7"),
     "R32_C10_full": ("R32_C10", "cv/pretrained/R32_C10/pk_*.t7"),
-    "R110_C10": ("R110_C10", "cv/R110_C10/final/ckpt_*.t7"),
-    "R110_C10_anytime": ("R110_C10", "cv/R110_C10/penalties/ckpt_*.t7"),
+    "R110_C10": ("R110_C10", "cv/R110_C10/stage2/ckpt_*.t7"),
+    "R110_C10_anytime": (
+        "R110_C10",
+        "cv/R110_C10/curve/ckpt_*.t7",
+        "cv/R110_C10/base/pk_*.t7",
+    ),
     "R110_C10_full": ("R110_C10", "cv/pretrained/R110_C10/pk_*.t7"),
     "AIG32_C10": ("AIG32_C10", "cv/AIG32_C10/target0.6/ckpt_*.t7"),
     "AIG32_C10_target04": ("AIG32_C10", "cv/AIG32_C10/target0.4/ckpt_*.t7"),
@@ -69,11 +73,12 @@ with _own_modules():
 
 def _network(entry: str, pretrained: bool, penalty: float | None = None) -> _Classifier:
     """One entry's network, in evaluation mode; with a penalty, its policies are those for it."""
-    name, pattern = _SHIPPED[entry]
+    name, *patterns = _SHIPPED[entry]
     config = _models.config(name)
     resnet, policy_net = _models.build(name)
-    (path,) = _ROOT.glob(pattern)
-    content = _torch.load(path, map_location="cpu", weights_only=True)
+    files = [path for pattern in patterns for path in _ROOT.glob(pattern)]
+    content, *base = (_torch.load(f, map_location="cpu", weights_only=True) for f in files)
+    of_resnet = base[0] if base else content
     args = content.get("args", {})
     static = args.get("policy")
     if "state_dict" in content or static:
@@ -84,7 +89,7 @@ def _network(entry: str, pretrained: bool, penalty: float | None = None) -> _Cla
         resnet.set_targets(content.get("targets", []))
     if pretrained:
         load = _models.load_gated if config.gated else _models.load_resnet
-        load(resnet, content.get("resnet") or content["state_dict"])
+        load(resnet, of_resnet.get("resnet") or of_resnet["state_dict"])
         if policy_net is not None:
             _models.load_policy(policy_net, content["agent"])
     if penalty is not None:

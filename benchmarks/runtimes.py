@@ -1,6 +1,6 @@
 """One image at a time: the exported files in ONNX Runtime and OpenVINO, and PyTorch beside them.
 
-    python benchmarks/runtimes.py --model R110_C10 --load cv/R110_C10/penalties --penalty -5
+    python benchmarks/runtimes.py --model R110_C10 --load cv/R110_C10/stage2
     python benchmarks/runtimes.py --model R110_C10 --load ... --accuracy 10000
 
 The full network is the base ResNet (--base), ConvNet-AIG's own; ours comes with what decides.

@@ -37,8 +37,8 @@ def normalised(name, images):
 def test_every_entry_is_shipped(hub):
     entries = [name for name in dir(hub) if callable(getattr(hub, name)) and name[0] != "_"]
     assert sorted(entries) == sorted(hub._SHIPPED)
-    for name, pattern in hub._SHIPPED.values():
-        (path,) = ROOT.glob(pattern)
+    for name, *patterns in hub._SHIPPED.values():
+        assert all(len(list(ROOT.glob(pattern))) == 1 for pattern in patterns)
         models.config(name)
 
 
@@ -76,13 +76,20 @@ def test_an_entry_is_its_checkpoint(entry, images):
 @pytest.mark.parametrize("entry", ["R32_C10_anytime", "R110_C10_anytime"])
 def test_one_network_serves_every_budget(entry, hub):
     images = torch.rand(64, 3, 32, 32)
+    name, *patterns = hub._SHIPPED[entry]
+    (path,) = ROOT.glob(patterns[-1])  # of the ResNet, by itself for R110_C10
+    resnet, _ = models.build(name)
+    weights.load_into(resnet.eval(), checkpoint.read(path), path)
     kept = []
     for penalty in (-0.5, -5.0, -50.0):
         net = getattr(hub, entry)(penalty=penalty)
         policy = net.policy(images)
         at = net.policy_net
         assert at.penalty == penalty
-        torch.testing.assert_close(policy, at(net._pixels(images))[0])
+        with torch.no_grad():
+            torch.testing.assert_close(policy, at(net._pixels(images))[0])
+            expected = resnet(net._pixels(images), policy)
+        torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4)
         kept.append(policy.sum().item())
     assert kept == sorted(kept) and kept[0] < kept[-1]
 
