@@ -21,27 +21,25 @@ def find(resnet: Network, loader: Loader, stages: tuple[int, ...], precision: st
     Cross-entropy, since what is right or wrong of images that the ResNet knows by heart says too
     little; see `utils.candidate_policies`.
     """
-    images, labels = first_images(loader)
+    batches = first_batches(loader)
 
     def loss(policy: Tensor) -> float:
-        error = torch.zeros((), dtype=torch.float64, device=images.device)
-        for rows in torch.arange(len(labels), device=labels.device).split(loader.batch_size):
-            x, y = images[rows], labels[rows]
-            with autocast(x.device, precision):
-                logits = resnet(x, policy.to(x).expand(len(x), -1))
-            error += F.cross_entropy(logits.double(), y, reduction="sum")
+        error = torch.zeros((), dtype=torch.float64, device=batches[0][0].device)
+        for images, labels in batches:
+            with autocast(images.device, precision):
+                logits = resnet(images, policy.to(images).expand(len(images), -1))
+            error += F.cross_entropy(logits.double(), labels, reduction="sum")
         return ranks.total(error).item()
 
     return utils.candidate_policies(stages, loss)
 
 
-def first_images(loader: Loader) -> tuple[Tensor, Tensor]:
-    """This rank's part of the first images of an epoch that no training has."""
-    batches, wanted, found = [], IMAGES // ranks.world(), 0
+def first_batches(loader: Loader) -> list[tuple[Tensor, Tensor]]:
+    """This rank's part of the first images of an epoch that no training has, and their labels."""
+    batches, missing = [], IMAGES // ranks.world()
     for images, labels, _ in loader.epoch(0):
-        batches.append((images, labels))
-        found += len(images)
-        if found >= wanted:
+        batches.append((images[:missing], labels[:missing]))
+        missing -= len(images)
+        if missing <= 0:
             break
-    images, labels = (torch.cat(parts)[:wanted] for parts in zip(*batches, strict=True))
-    return images, labels
+    return batches

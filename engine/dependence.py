@@ -61,18 +61,21 @@ class StaticPolicies:
     def __init__(self, trained: TrainedModel, test: Loader, num_images: int):
         self.trained, self.test, self.num_images = trained, test, num_images
         self.fixed, self.per_block = trained.resnet_flops()
-        self.tried: dict[str, dict[str, Any]] = {}
+        self.tried: dict[tuple[int, ...], dict[str, float]] = {}
 
     def under(self, policy: Tensor, label: str = "static") -> dict[str, float]:
         """Accuracy, blocks and FLOPs under a policy (K,)."""
-        same = policy.expand(self.num_images, -1)
-        precision = self.trained.args.precision
-        correct = loop.correct_under(self.trained.resnet, same, self.test, precision, label)
-        return {
-            "accuracy": correct.double().mean().item(),
-            "blocks": policy.sum().item(),
-            "flops": self.fixed + (policy.double() @ self.per_block).item(),
-        }
+        key = tuple(policy.int().tolist())  # several kinds may have it, under other names
+        if key not in self.tried:
+            same = policy.expand(self.num_images, -1)
+            precision = self.trained.args.precision
+            correct = loop.correct_under(self.trained.resnet, same, self.test, precision, label)
+            self.tried[key] = {
+                "accuracy": correct.double().mean().item(),
+                "blocks": policy.sum().item(),
+                "flops": self.fixed + (policy.double() @ self.per_block).item(),
+            }
+        return self.tried[key]
 
     def costing(
         self, policies: Mapping[str, Tensor], cost: Tensor, target: float
@@ -87,18 +90,14 @@ class StaticPolicies:
         fits = int((costs <= target * (1 + 1e-9)).sum()) - 1
         if fits < 0:
             return None
-        row, missing = self.named(names[fits], policies), target - costs[fits].item()
+        row = {"policy": names[fits], **self.under(policies[names[fits]])}
+        missing = target - costs[fits].item()
         if names[fits] == names[-1] or missing <= 1e-9 * target:
             return row
-        more, share = self.named(names[fits + 1], policies), missing / costs.diff()[fits].item()
-        mixed = {n: (1 - share) * row[n] + share * more[n] for n in row if n != "policy"}
+        more = self.under(policies[names[fits + 1]])
+        share = missing / costs.diff()[fits].item()
+        mixed = {n: (1 - share) * row[n] + share * more[n] for n in more}
         return {"policy": f"{names[fits]} and {names[fits + 1]}", **mixed}
-
-    def named(self, name: str, policies: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What `under` says of one of them."""
-        if name not in self.tried:
-            self.tried[name] = {"policy": name, **self.under(policies[name])}
-        return self.tried[name]
 
     def best(self, cost: Tensor, target: float) -> dict[str, Any]:
         """The best one of all kinds; see `costing`."""

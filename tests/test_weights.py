@@ -237,7 +237,6 @@ def test_weights_for_pixels_that_are_normalised_in_another_way(tmp_path):
     with torch.no_grad():
         expected, found = stem(source, images), stem(target, (images - mean) / std)
         assert (stem(source, (images - mean) / std) - expected).abs().max() > 0.1
-        # mean and deviation stand in the configuration in single precision's digits
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     same = weights.start_weights(theirs, content, "a.t7")
     assert all(torch.equal(same[n], t) for n, t in source.state_dict().items())
