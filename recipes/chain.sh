@@ -30,8 +30,10 @@ FINETUNE="--base $BASE --batch_size 128 --schedule cosine --resnet_lr 0.02 --dis
 stage penalties finetune $FINETUNE --pretrained "$OUT/curve/last.t7" --penalty -5 --penalties -0.5 -50
 stage stage2 finetune $FINETUNE --pretrained "$OUT/stage1/last.t7" --penalty -5 --alpha 0.95
 
-for penalty in -0.5 -2 -5 -15 -50; do
+for penalty in ${PENALTIES:--0.5 -2 -5 -15 -50}; do
     profile "curve$penalty" --base "$BASE" --load "$OUT/curve" --penalty $penalty --dependence
     profile "penalties$penalty" --load "$OUT/penalties" --penalty $penalty --dependence
 done
-stages --dependence
+profile full --base "$BASE"
+profile stage1 --base "$BASE" --load "$OUT/stage1" --dependence
+profile stage2 --load "$OUT/stage2" --dependence

@@ -1,4 +1,4 @@
-"""The recipes' commands: known options, and files that an earlier command has written."""
+"""The recipes: commands with known options and files that exist, and one short chain that runs."""
 
 import json
 import os
@@ -7,9 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from conftest import refused, script_module
-
-from engine.checkpoint import ROOT
+from conftest import ENV, ROOT, refused, script_module
 
 RECIPES = ["R32_C10", "static", "R32_C100", "R110_C10", "R110_C100", "paper", "AIG32_C10", "folder"]
 
@@ -108,6 +106,36 @@ def test_figures_that_are_none_are_refused(run, tmp_path, monkeypatch):
         (f"x={tmp_path}/other.json", "other.json: no figures of test.py --json"),
     ):
         refused(run("benchmarks/summary", row), words)
+
+
+CHAIN = """
+MODEL=R14_C10 PLAIN=1 ROUTES=1 WARM=1 GRADIENT=1 TUNE=1 FREED=3 PENALTIES=-5
+. recipes/chain.sh
+table
+"""
+
+
+def test_the_chain_runs_to_its_table(cifar_dir, tmp_path):
+    """As the recipes of one network for every penalty do, but small, and on few images."""
+    given = f"--data_dir {cifar_dir} --skip_data_check"
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+        case $1 in
+        -c | benchmarks/*) ;;
+        *) set -- "$@" {given} ;;
+        esac
+        exec {sys.executable} "$@"
+        """
+    )
+    python.chmod(0o755)
+    recipe = tmp_path / "recipe.sh"
+    recipe.write_text(CHAIN)
+    env = ENV | {"OUT": str(tmp_path / "out"), "PYTHON": str(python), "SUBSET": "64"}
+    done = subprocess.run(["sh", recipe], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line[:1] == "|"]
+    assert rows[2:] == ["curve-5", "penalties-5", "full", "stage1", "stage2"]
 
 
 @pytest.mark.parametrize("recipe", ["R32_C10", "R32_C100", "paper"])
