@@ -111,8 +111,7 @@ def metadata(args, trained: TrainedModel, class_names: list[str], figures: dict)
         "mean_blocks": figures["mean_blocks"],
     }
     if args.load:
-        path = Path(args.load)
-        path = engine.checkpoint.newest(path) if path.is_dir() else path
+        path = engine.checkpoint.newest(Path(args.load))
         facts["checkpoint"] = path.name
         facts["checkpoint_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return {name: str(value) for name, value in facts.items() if value is not None}

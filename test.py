@@ -82,8 +82,7 @@ def print_dependence(figures: dict) -> None:
             f"    {title + ':':24}{row['accuracy']:.3f} | {row['blocks']:.2f} blocks"
             f" | {row['flops']:.2E} FLOPs"
         )
-    right, wrong = (figures[f"blocks_where_full_is_{x}"] for x in ("right", "wrong"))
-    print(f"    Blocks where the full network is right: {right:.2f}, wrong: {wrong:.2f}")
+    print(f"    Blocks where the full network is {engine.dependence.by_difficulty(figures)}")
 
 
 def main() -> None:

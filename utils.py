@@ -302,7 +302,7 @@ def shares_of(policy: Tensor, stages: Sequence[int]) -> str:
     return "-".join(str(int(part.sum())) for part in policy.split(list(stages)))
 
 
-def expected_reward(right: Tensor, candidates: Tensor, penalty: float | Tensor) -> Tensor:
+def expected_reward(right: Tensor, candidates: Tensor, penalty: float) -> Tensor:
     """Expected reward (Eq. 3) of C candidates (C, K), from how probably the class is right.
 
     right: (B, C) probabilities. Returns (B, C).

@@ -269,19 +269,18 @@ def add_dependence(report: Report, predicted: Predictions) -> None:
         return
     rows = {name: found[name] for name in ("own", "shuffled", "common", "static")}
     rows["static, same FLOPs"] = found["static_same_flops"]
+    by_difficulty = engine.dependence.by_difficulty(found)
     kinds = {"own": "BlockDrop", "shuffled": "dealt", "common": "dealt"}
     points = [
         (kinds.get(name, "static"), name, row["flops"], row["accuracy"])
         for name, row in rows.items()
     ]
-    right, wrong = (found[f"blocks_where_full_is_{side}"] for side in ("right", "wrong"))
     add_points(report, "dependence", "What the decisions owe to the image",
         "Own: each image under its own policy. Shuffled: the same policies dealt to other images. "
         "Common: the most frequent one for all. Static: the best one of DistributeK, LateK and the "
         "policy network's candidates with as many blocks, and with what deciding costs spent on "
         "blocks as well. All on the same network. "
-        f"Images that the full network gets right have {right:.2f} blocks, those "
-        f"that it gets wrong {wrong:.2f}.",
+        f"Mean blocks of images that the full network gets {by_difficulty}.",
         points, "FLOPs an image", "{:.3g}")  # fmt: skip
 
 
@@ -310,14 +309,13 @@ def add_curves(report: Report, predicted: Predictions) -> None:
         report.add("curves", "Training", "Figures over epochs.", figure)
 
 
-def curriculum_end(given: dict, num_blocks: int) -> int:
-    """The first epoch in which all blocks are learned, by the options of a stage-1 run."""
+def curriculum_end(given: dict, num_blocks: int) -> int | None:
+    """The first epoch in which all blocks are learned, by the options of a stage-1 run; None where
+    it ended before.
+    """
     pace, start = (given["cl_step"], given.get("cl_blocks", 1)), given.get("warm_start", 0)
-    epochs = range(start + 1, given["max_epochs"])
-    return next(
-        (e for e in epochs if utils.curriculum_step(e - start, *pace) >= num_blocks),
-        given["max_epochs"] - 1,
-    )
+    epochs = range(start + 1, given["max_epochs"] + 1)
+    return next((e for e in epochs if utils.curriculum_step(e - start, *pace) >= num_blocks), None)
 
 
 def main() -> None:

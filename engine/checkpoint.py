@@ -27,8 +27,7 @@ def read(path: str | Path) -> dict[str, Any]:
     repository, for its only checkpoint. Raises UserError naming the file and what is wrong.
     """
     path = Path(path)
-    if path.is_dir():
-        path = newest(path)
+    path = newest(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
@@ -55,10 +54,12 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def newest(folder: Path) -> Path:
-    """The file that a run's directory stands for, which may not be there."""
-    last = folder / LAST
-    named = [] if last.exists() else list(folder.glob("ckpt_*.t7"))
+def newest(path: Path) -> Path:
+    """The file that a run's directory stands for, which may not be there; a file is itself."""
+    if not path.is_dir():
+        return path
+    last = path / LAST
+    named = [] if last.exists() else [*path.glob("ckpt_*.t7"), *path.glob("pk_*.t7")]
     return named[0] if len(named) == 1 else last
 
 

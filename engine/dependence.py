@@ -50,9 +50,15 @@ def measure(
         "static": static.best(torch.ones_like(static.per_block), cost["blocks"]),
         "static_same_flops": static.best(static.per_block, blocks_flops),
         "full": {"accuracy": full.double().mean().item(), "blocks": trained.config.num_blocks},
-        "blocks_where_full_is_right": kept[full].mean().item(),
-        "blocks_where_full_is_wrong": kept[~full].mean().item(),
+        "blocks_where_full_is_right": kept[full].mean().item() if full.any() else None,
+        "blocks_where_full_is_wrong": kept[~full].mean().item() if not full.all() else None,
     }
+
+
+def by_difficulty(figures: Mapping[str, Any]) -> str:
+    """In words, how many blocks images get that the full network recognises, and the others."""
+    found = {side: figures[f"blocks_where_full_is_{side}"] for side in ("right", "wrong")}
+    return ", ".join(f"{side}: {n:.2f}" for side, n in found.items() if n is not None)
 
 
 class StaticPolicies:

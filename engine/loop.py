@@ -58,7 +58,10 @@ class Results:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Shard]]:
         start = time.perf_counter()
         with self.bar:
-            yield from self.loader.epoch(self.epoch, self.skip)
+            self.bar.update(self.skip * self.loader.batch_size // ranks.world())
+            for images, labels, shard in self.loader.epoch(self.epoch, self.skip):
+                yield images, labels, shard
+                self.bar.update(len(images))
         self.seconds = time.perf_counter() - start
 
     def add(self, **results: Tensor) -> None:
@@ -70,7 +73,6 @@ class Results:
             self.results.setdefault(name, []).append(value)
         if not self.bar.disable:
             self._show()
-            self.bar.update(len(value))
 
     def _show(self) -> None:
         """Put the running means into the bar, but not at every step: a GPU is waited for."""
@@ -83,11 +85,12 @@ class Results:
         self.next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
 
     def __getitem__(self, name: str) -> Tensor:
-        """All images' results of one name, once there is no more to add; every rank has to ask."""
-        return self._final[name]
+        """All images' results of one name, once there is no more to add."""
+        return self.final[name]
 
     @cached_property
-    def _final(self) -> dict[str, Tensor]:
+    def final(self) -> dict[str, Tensor]:
+        """What `gather` gives once there is no more to add; every rank has to ask."""
         return self.gather()
 
     def of_policies(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,6 +105,8 @@ class Results:
             own.setdefault(name, []).extend(together.split([len(t) for t in tensors]))
         if ranks.world() == 1:
             return {name: torch.cat(tensors) for name, tensors in own.items()}
+        # copies, because a part of a tensor is sent with all of it
+        own = {name: [tensor.clone() for tensor in tensors] for name, tensors in own.items()}
         everyones = ranks.gather(own)
         return {
             name: torch.cat([
@@ -157,7 +162,7 @@ def train_epoch(
             total += loss.detach()
             outcome.add(**results)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not torch.isfinite(total + norm):  # the one wait for a GPU of an optimizer step
+        if not torch.isfinite(total + norm):  # the loop's one wait for a GPU in a step
             figures = {name: value.float().mean().item() for name, value in results.items()}
             raise UserError(
                 f"the loss is {total.item():.4g} and its gradient's norm {norm.item():.4g} in "
@@ -229,7 +234,6 @@ def recalibrate(
         for images, _, _ in outcome:
             with autocast(images.device, precision):
                 forward(images)
-            outcome.bar.update(len(images))
     except BaseException:  # a stop saves the network, which has to be as it was
         for norm, _, buffers in before:
             restore(norm, buffers)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -238,6 +239,16 @@ def files_of(path: Path, names: list[str]) -> list[tuple[str, int]]:
     return files
 
 
+def in_turn(files: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Files that lie class by class in turns of one a class: the first ones are of all classes."""
+    seen: Counter[int] = Counter()
+    numbered = []
+    for file in files:
+        numbered.append((seen[file[1]], file))
+        seen[file[1]] += 1
+    return [file for _, file in sorted(numbered, key=lambda pair: pair[0])]
+
+
 def load(
     config: Config, args: argparse.Namespace, device: torch.device, training: bool
 ) -> tuple[FolderLoader | None, FolderLoader]:
@@ -263,7 +274,8 @@ def load(
         train = [train[row] for row in chosen[: -args.val_split]]
     else:
         test = files_of(root / "val", names)
-    train, test = train[: args.subset], test[: args.subset]
+    if args.subset:
+        train, test = (in_turn(files)[: args.subset] for files in (train, test))
     common = {"config": config, "batch_size": args.batch_size, "device": device}
     common["workers"] = args.workers
     train = FolderLoader(train, seed=args.seed, **common) if training else None

@@ -63,8 +63,7 @@ class Predictions:
 
     def _predictions(self) -> dict[str, Any]:
         """What `_predict` finds, from the cache beside the checkpoint if it is of the same."""
-        file = checkpoint.newest(self.path) if self.path.is_dir() else self.path
-        cache = file.with_suffix(".predictions.pt")
+        cache = checkpoint.newest(self.path).with_suffix(".predictions.pt")
         networks = filter(None, (self.trained.resnet, self.trained.policy_net))
         key = [weights.fingerprint(network) for network in networks]
         key += [self.test.fingerprint(), self.trained.args.precision, self.trained.static.tolist()]
@@ -104,7 +103,7 @@ class Predictions:
             }
 
         label = f"predicting {self.folder.name}"
-        found = loop.evaluate(step, self.test, self.trained.args.precision, label).gather()
+        found = loop.evaluate(step, self.test, self.trained.args.precision, label).final
         owed = {}
         if self.trained.policy_net:
             owed = dependence.measure(self.trained, self.test, found["policy"], found["correct"])

@@ -20,7 +20,7 @@ HINTS = {
     3: "go on from it with aig_training.py",
 }
 
-# options that do not change what is learned: a run may be gone on with under others
+# options that may be others when a run is gone on with
 FREE_OPTIONS = {
     *("load", "cv_dir", "data_dir", "base", "pretrained", "policy_init"),
     "policy_size",  # the checkpoint's network has one

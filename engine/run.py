@@ -176,7 +176,7 @@ class Run:
             return
         self.logs.open(self.done, self.source)
         if not self.cv_dir.joinpath(checkpoint.LAST).exists():
-            self.save(checkpoint.LAST)
+            self.save_partway()  # a run loaded from inside an epoch may be killed before it saves
         for epoch in range(self.done + 1, self.args.max_epochs + 1):
             device.seed_everything(self.args.seed, epoch, ranks.rank())
             self.logs.begin(epoch)
@@ -209,7 +209,7 @@ class Run:
                 **options,
             )
             ranks.share_buffers(self.wrapped)
-            self.steps_done, self.partial = len(loader), results.gather()
+            self.steps_done, self.partial = len(loader), results.final
             self.is_trained = True
             self._stop_if_asked()
         self._tell_damaged(loader)

@@ -20,7 +20,7 @@ class Shard:
 
     A batch may be shared by several processes and cut into micro-batches. Losses that are weighted
     by `share` add up to that of the whole batch, and random numbers drawn here are slices of those
-    of the whole batch, so that neither changes what is learned.
+    of the whole batch, so that neither changes what is learned, but for BatchNorm's statistics.
     """
 
     start: int

@@ -58,7 +58,8 @@ class TrainedModel:
             self.policy_net = None
         if args.penalty is not None:
             self.policy_net = self._at_penalty(content)
-        self.static = torch.ones(config.num_blocks) if static is None else static
+        static = torch.ones(config.num_blocks) if static is None else static
+        self.static = static.to(self.device)  # once, and not a batch
         for network in filter(None, (self.resnet, self.policy_net)):
             device.place(network, self.device).eval()
 

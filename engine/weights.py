@@ -118,7 +118,22 @@ def read_for(config: Config, path: str | Path) -> dict[str, Any]:
         named = f"{other} ({blocks} blocks)" if other else f"{blocks} blocks"
         raise UserError(f"{path} is for {named}, not {config.name} ({config.num_blocks})")
     tell_other_pixels(config, content, path)
+    tell_other_size(config, content, path)
     return content
+
+
+def tell_other_size(config: Config, content: Mapping[str, Any], path: str | Path) -> None:
+    """Say so where a file's network learned from a folder's pictures at another --image_size."""
+    given = content.get("args", {})
+    if config.dataset != "Folder" or "image_size" not in given or not ranks.is_main():
+        return
+    theirs = given["image_size"] or models.config(config.name).image_size
+    if theirs != config.image_size:
+        print(
+            f"{path}: learned from pictures of {theirs} x {theirs} pixels, looks at "
+            f"{config.image_size} x {config.image_size} here: --image_size {theirs} is its own",
+            file=sys.stderr,
+        )
 
 
 def tell_other_pixels(config: Config, content: Mapping[str, Any], path: str | Path) -> None:

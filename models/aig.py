@@ -56,7 +56,8 @@ class Gate(nn.Module):
     def normalise(self, hidden: Tensor) -> Tensor:
         """BatchNorm; a single image has no statistics and takes the running ones."""
         norm = self.fc1bn
-        if len(hidden) > 1 or not self.training:
+        # ranks that share their statistics come to it together, one image or not
+        if len(hidden) > 1 or not self.training or isinstance(norm, nn.SyncBatchNorm):
             return norm(hidden)
         running = norm.running_mean, norm.running_var
         return F.batch_norm(hidden, *running, norm.weight, norm.bias, eps=norm.eps)

@@ -98,7 +98,7 @@ class DeployedResNet(nn.Module):
     def together(self, x: Tensor, policy: Tensor, counts: list[int]) -> Tensor:
         """The last k blocks on a batch, by their part of its policies (B, k), kept by so many."""
         # on a GPU a look at the policies is a wait, and padded rows lie together only by chance
-        looks = policy.device.type == "cpu" and self.row_multiple == 1
+        looks = policy.device.type == "cpu" and self.row_multiple == 1 and len(policy) > 0
         order = execution.nested_order(policy) if looks else None
         if order is not None:
             x, policy = execution.take(x, order), policy[order]

@@ -19,7 +19,7 @@ stage classifier pretrain --model "R8_${MODEL#*_}" --max_epochs 25 --batch_size 
 
 # Stage 1: one policy network for every penalty, then the curriculum and the policy gradient for one.
 START="--base $BASE --batch_size 128 --policy_size 16 --warm_start $WARM
-    --policy_init $(ls "$OUT"/classifier/pk_*.t7)"
+    --policy_init $OUT/classifier"
 stage curve cl_training $START --max_epochs "$WARM" --schedule cosine --lr 3e-3 --penalty -5
 stage stage1 cl_training $START --load "$OUT/curve" --max_epochs $((WARM + GRADIENT)) --penalty -5 \
     --lr 2e-4 --cl_step "$FREED" --cl_blocks "$FREED" --samples 2 --alpha 0.95 --beta 0.01

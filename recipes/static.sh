@@ -11,7 +11,7 @@ for keep in 6 8 10; do
     profile "static$keep" --load "$OUT/static$keep"
 done
 
-# As many epochs as the base has, its first 42 and its 20 of two passes each.
+# About as long as the base: 42 epochs, and 20 of a full and a shorter pass each.
 stage R20 pretrain --model R20_C10 --max_epochs 66 --batch_size 128 --lr 0.1
 profile R20 --model R20_C10 --base "$OUT/R20"
 table

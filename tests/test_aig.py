@@ -219,6 +219,15 @@ def test_a_single_image_trains(net, images):
     assert all(torch.equal(a, g.fc1bn.running_mean) for a, g in zip(before, net.gates, strict=True))
 
 
+def test_a_single_image_comes_to_a_norm_that_ranks_share(net, images, monkeypatch):
+    """Else the others would wait for it."""
+    came = []
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda norm, x: came.append(norm) or x)
+    shared = nn.SyncBatchNorm.convert_sync_batchnorm(net).train()
+    shared(images[:1])
+    assert {id(gate.fc1bn) for gate in shared.gates} <= {id(norm) for norm in came}
+
+
 def test_gates_cost_next_to_nothing():
     net, _ = models.build("AIG101_ImgNet")
     fixed, per_block = utils.block_flops(net.resnet, (3, 224, 224))

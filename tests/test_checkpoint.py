@@ -30,6 +30,10 @@ def test_a_directory_stands_for_its_newest_or_only_checkpoint(tmp_path):
     first, second = tmp_path / "ckpt_E_1.t7", tmp_path / "ckpt_E_2.t7"
     checkpoint.write({"epoch": 1}, first)
     assert checkpoint.read(tmp_path)["epoch"] == 1
+    base = tmp_path / "base" / "pk_E_9_A_0.100.t7"
+    base.parent.mkdir()
+    checkpoint.write({"epoch": 9}, base)
+    assert checkpoint.read(base.parent)["epoch"] == 9
     checkpoint.write({"epoch": 2}, second)
     with pytest.raises(UserError, match="last.t7: no such checkpoint"):
         checkpoint.read(tmp_path)

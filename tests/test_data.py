@@ -241,6 +241,8 @@ def test_pictures_in_folders(pictures):
     assert torch.equal(rest[0], first[1][0])
     _, val = engine.data.load(R18, options(pictures, val_split=2), CPU)
     assert val.num_images == 2
+    _, val = engine.data.load(R18, options(pictures, subset=2), CPU)
+    assert [y.tolist() for _, y, _ in val.epoch(0)] == [[0, 1]]  # of all classes
     with pytest.raises(UserError, match="6 images in all"):
         engine.data.load(R18, options(pictures, val_split=6), CPU)
     with pytest.raises(UserError, match="no folder of pictures"):

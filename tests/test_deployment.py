@@ -65,6 +65,14 @@ def test_nested_policies_need_no_gathering(pair, dtype, monkeypatch):
     assert any(gathered) and not all(gathered)
 
 
+def test_no_image_gives_no_logits(pair):
+    """As a micro-batch may have none: not of every image is asked what it earns."""
+    resnet, _, size = pair
+    fast, _ = models.deploy(resnet)
+    policy = torch.ones(2, 0, resnet.num_blocks)
+    assert fast(torch.zeros(0, 3, size, size), policy).shape[:2] == (2, 0)
+
+
 def test_an_order_for_nested_policies():
     nested = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1.0]])
     order = execution.nested_order(nested)

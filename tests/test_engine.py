@@ -1,5 +1,6 @@
 """Schedules, optimizers and statistics against a closed form or an independent computation."""
 
+import io
 import math
 import os
 import signal
@@ -14,7 +15,8 @@ from torch import nn
 
 import engine
 import models
-from engine import checkpoint, loop, process, schedule
+from engine import checkpoint, loop, process, ranks, schedule
+from engine.data import TensorLoader
 
 
 def settings(**given):
@@ -69,6 +71,7 @@ class Batches:
     def __init__(self, *batches):
         self.batches = batches
         self.num_images = sum(map(len, batches))
+        self.batch_size = max(map(len, batches))
 
     def epoch(self, epoch, skip=0):
         return iter([(batch, torch.zeros(len(batch)), None) for batch in self.batches])
@@ -88,6 +91,31 @@ def test_recalibration_takes_the_mean_of_the_batches_statistics():
     torch.testing.assert_close(used.running_var, variances.mean(0))
     assert unused.running_mean.eq(7).all() and unused.running_var.eq(1).all()
     assert used.momentum == 0.1 and not network.training
+
+
+def test_what_ranks_exchange_is_no_larger_than_what_they_found(monkeypatch):
+    """A part of a tensor that shares its memory would be sent with all of it."""
+    sent = []
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "gather", lambda own: sent.append(own) or [own, {}])
+    results = loop.Results(SimpleNamespace(num_images=64, batch_size=4), 1, "")
+    for _ in range(16):
+        results.add(correct=torch.ones(4, dtype=torch.bool))
+    assert results["correct"].tolist() == [True] * 64
+    assert [t.untyped_storage().nbytes() for t in sent[0]["correct"]] == [4] * 16
+
+
+def test_the_bar_counts_images_also_those_of_an_earlier_run(monkeypatch):
+    shown, bar = {"disable": False, "file": io.StringIO()}, loop.tqdm
+    monkeypatch.setattr(loop, "tqdm", lambda **options: bar(**options | shown))
+    images, labels = torch.zeros(10, 32, 32, 3, dtype=torch.uint8), torch.zeros(10)
+    data = TensorLoader(images, labels, models.config("R32_C10"), 4)
+    results = loop.Results(data, 1, "", skip=1)
+    counts = []
+    for _ in results:
+        results.add(loss=torch.zeros(1))  # of one image a batch, as in the warm start
+        counts.append(results.bar.n)
+    assert [*counts, results.bar.n] == [4, 8, 10]
 
 
 def test_an_interrupted_recalibration_leaves_the_statistics_as_they_were():
@@ -164,6 +192,7 @@ def test_backward_runs_outside_autocast():
 
     class OneBatch:
         num_images = 3
+        batch_size = 3
 
         def epoch(self, epoch, skip=0):
             yield torch.randn(3, 4), torch.zeros(3), engine.Shard(0, 3, 3)

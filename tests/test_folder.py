@@ -53,7 +53,9 @@ def test_all_stages_on_a_folder_of_pictures(run, common, pictures, tmp_path):
                          "--micro_batch", 5)  # fmt: skip
     assert status == 0, err
     status, out, err = run("test", *common, "--load", ft, "--time", "--batch_size", 4)
-    assert status == 0 and "Block Usage" in out, err
+    assert status == 0 and "Block Usage" in out and "pixels" not in err, err
+    status, _, err = run("test", *common[:-2], "--load", ft, "--batch_size", 4)
+    assert status == 0 and "pictures of 64 x 64 pixels" in err and "--image_size 64" in err, err
     status, _, err = run("visualize", *given, "--load", ft, "--out", tmp_path / "report",
                          "--batch_size", 4)  # fmt: skip
     assert status == 0, err

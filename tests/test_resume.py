@@ -11,6 +11,7 @@ import pytest
 from conftest import ENV, ROOT, metrics, named, options_of, refused, trained
 from faults import same
 
+import engine
 from engine import checkpoint
 
 FASTER = {  # than the released recipe: what the README offers, all at once
@@ -104,6 +105,23 @@ def test_inside_an_epoch_the_batches_stay_as_they_were(run, common, base_file, t
     checkpoint.write(content, tmp_path / "last.t7")
     refused(run("cl_training", *options, "--batch_size", 20, "--load", tmp_path),
             "inside an epoch of --batch_size 40")  # fmt: skip
+
+
+def test_a_run_begun_inside_an_epoch_first_writes_where_it_is(run, common, base_file, tmp_path):
+    options = [*common, "--base", base_file, "--batch_size", 40, "--max_epochs", 2]
+    assert run("cl_training", *options, "--cv_dir", tmp_path / "a")[0] == 0
+    content = checkpoint.read(tmp_path / "a")
+    checkpoint.write(content | {"epoch": 1, "steps_done": 2, "partial": {}}, tmp_path / "part.t7")
+    first = {}
+
+    def stop(run, loader, *_):
+        first.update(checkpoint.read(run.cv_dir))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Run, "train_epoch", stop)
+        run("cl_training", *options, "--load", tmp_path / "part.t7", "--cv_dir", tmp_path / "b")
+    assert (first["epoch"], first["steps_done"]) == (1, 2)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

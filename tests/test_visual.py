@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, script_module
 
 import models
 from engine import checkpoint
@@ -122,6 +122,14 @@ def test_training_curves(tmp_path):
     lines = [{"epoch": 1, "train_accuracy": 0.5, "test_rates": [1]}, {"epoch": 2, "x": 3}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert facts.training_curves(path) == {"train_accuracy": ([1], [0.5]), "x": ([2], [3])}
+
+
+def test_the_end_of_the_curriculum():
+    end = script_module("visualize").curriculum_end
+    given = {"cl_step": 1, "max_epochs": 15}
+    assert end(given, 15) == 15 and end(given, 16) is None
+    assert end(given | {"cl_blocks": 5, "cl_step": 5, "warm_start": 4}, 15) == 7
+    assert end(given | {"warm_start": 15}, 15) is None
 
 
 def test_the_page_escapes_and_fetches_nothing(tmp_path):
