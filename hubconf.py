@@ -19,7 +19,7 @@ _ROOT = _Path(__file__).resolve().parent
 
 # An entry's model and its checkpoint, the one file that fits; where that is of stage 1, its base.
 _SHIPPED = {
-    "R32_C10": ("R32_C10", "cv/R32_C10/stage2/ckpt_*.t7"),
+    "R32_C10": ("R32_C10", "cv/R32_C10/stage2_older/ckpt_*.t7"),
     "R32_C10_anytime": ("R32_C10", "cv/R32_C10/penalties/ckpt_*.t7"),
     "R32_C10_distribute7": ("R32_C10", "cv/R32_C10/distribute7/ckpt_*.t7"),
     "R32_C10_full": ("R32_C10", "cv/pretrained/R32_C10/pk_*.t7"),
