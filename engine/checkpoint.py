@@ -26,8 +26,7 @@ def read(path: str | Path) -> dict[str, Any]:
     A directory stands for the last.t7 in it or, where there is none, as in those that come with the
     repository, for its only checkpoint. Raises UserError naming the file and what is wrong.
     """
-    path = Path(path)
-    path = newest(path)
+    path = newest(Path(path))
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:

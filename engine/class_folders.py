@@ -135,3 +135,15 @@ def decode(name: str, content: Callable[[], bytes]) -> np.ndarray:
         size = "x".join(map(str, picture.size))
         raise UserError(f"{name}: {size} pixels in {picture.mode}, expected 32x32 in RGB")
     return np.asarray(picture)
+
+
+def turns(labels: Tensor) -> Tensor | None:
+    """The order (N,) of images that lie class by class in which they come in turns of one a class.
+
+    labels: (N,). None where they do not lie so. --subset and --val_split take the first and the
+    last images: in this order they are of all classes.
+    """
+    if (labels[1:] < labels[:-1]).any():
+        return None
+    number_in_class = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
+    return number_in_class.argsort(stable=True)

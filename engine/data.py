@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import models
 from models import Config
 
-from . import checkpoint, cifar, pictures, ranks
+from . import checkpoint, cifar, class_folders, pictures, ranks
 from .device import derived_seed, free_memory, send
 from .process import UserError
 from .shard import AUGMENTATION, STEP, Shard, shards
@@ -189,15 +189,9 @@ def load(
 
 
 def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Images that lie class by class in turns of one image a class, others as they are.
-
-    --subset and --val_split take the first and the last images: there they are of all classes.
-    """
-    if (labels[1:] < labels[:-1]).any():
-        return images, labels
-    number_in_class = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
-    order = number_in_class.argsort(stable=True)
-    return images[order], labels[order]
+    """Images that lie class by class in turns of one image a class, others as they are."""
+    order = class_folders.turns(labels)
+    return (images, labels) if order is None else (images[order], labels[order])
 
 
 def check_fits(images: Tensor, device: torch.device) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from models import Config, capabilities
 
 from . import process
 from .checkpoint import digest
+from .class_folders import turns
 from .device import derived_seed
 from .process import UserError
 from .shard import AUGMENTATION, STEP, Shard, shards
@@ -239,14 +239,10 @@ def files_of(path: Path, names: list[str]) -> list[tuple[str, int]]:
     return files
 
 
-def in_turn(files: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Files that lie class by class in turns of one a class: the first ones are of all classes."""
-    seen: Counter[int] = Counter()
-    numbered = []
-    for file in files:
-        numbered.append((seen[file[1]], file))
-        seen[file[1]] += 1
-    return [file for _, file in sorted(numbered, key=lambda pair: pair[0])]
+def first(files: list[tuple[str, int]], count: int) -> list[tuple[str, int]]:
+    """The first files, of all classes also where they lie class by class."""
+    order = turns(torch.tensor([label for _, label in files], dtype=torch.long))
+    return files[:count] if order is None else [files[row] for row in order[:count].tolist()]
 
 
 def load(
@@ -275,7 +271,7 @@ def load(
     else:
         test = files_of(root / "val", names)
     if args.subset:
-        train, test = (in_turn(files)[: args.subset] for files in (train, test))
+        train, test = (first(files, args.subset) for files in (train, test))
     common = {"config": config, "batch_size": args.batch_size, "device": device}
     common["workers"] = args.workers
     train = FolderLoader(train, seed=args.seed, **common) if training else None

@@ -1,7 +1,8 @@
 # One chain for every CIFAR model, from nothing: a ResNet for every route, one policy network for every
 # penalty on it, and the paper's two stages for --penalty -5. A recipe sets the lengths, in epochs
 # (PLAIN, ROUTES, WARM, GRADIENT, TUNE), and FREED, by how many blocks the curriculum grows an epoch.
-# SHALLOW is a ResNet with fewer blocks to start from, in place of a plain one.
+# SHALLOW is a ResNet with fewer blocks to start from, in place of a plain one. PENALTIES are those
+# that the one network is profiled at.
 . recipes/common.sh
 
 # Stage 0: a plain ResNet, then one that serves every route.
