@@ -199,9 +199,10 @@ def add_policies(report: Report, predicted: Predictions) -> None:
           "".join(map(str, rows[i].astype(int)))] for i in range(min(20, len(rows)))],
     )  # fmt: skip
     half = int(np.searchsorted(covered, 0.5)) + 1
-    most = "the most frequent one covers" if half == 1 else f"the {half} most frequent cover"
-    report.add("policies", "Distinct policies",
-        f"{len(rows)} in all; {most} half of the images.",
+    most = f"the most frequent one covers {covered[0]:.0%} of the images"
+    if half > 1:
+        most += f", the {half} most frequent half of them"
+    report.add("policies", "Distinct policies", f"{len(rows)} in all; {most}.",
         figures.policies(counts, covered), behind)  # fmt: skip
 
     numbers, counts, accuracies = facts.accuracy_by_blocks(policies, predicted.correct)
