@@ -17,11 +17,16 @@ DEALS = 3
 
 
 def measure(
-    trained: TrainedModel, test: Loader, policies: Tensor, correct: Tensor
+    trained: TrainedModel,
+    test: Loader,
+    policies: Tensor,
+    correct: Tensor,
+    full: Tensor | None = None,
 ) -> dict[str, Any]:
     """Accuracy, blocks and FLOPs of the same network under other ways to decide.
 
-    policies (N, K) and correct (N,) are what the images of `test` have under their own ones.
+    policies (N, K) and correct (N,) are what the images of `test` have under their own ones, full
+    (N,) whether all blocks recognise them, which is found out where it is not given.
     "shuffled" deals the same policies to other images, the mean of DEALS deals; "common" is the
     most frequent policy for all; "static" is the best one of DistributeK, LateK and the candidates
     of the policy network, where it has some, with as many blocks, and "static_same_flops" with what
@@ -40,9 +45,10 @@ def measure(
     blocks_flops = decision + (policies.double() @ static.per_block).mean().item()
     cost["flops"] = static.fixed + blocks_flops
     deals = [accuracy(utils.deal(policies, seed), "shuffled") for seed in range(DEALS)]
-    full = loop.correct_under(
-        trained.resnet, torch.ones_like(policies), test, trained.args.precision, "full"
-    )
+    if full is None:
+        full = loop.correct_under(
+            trained.resnet, torch.ones_like(policies), test, trained.args.precision, "full"
+        )
     return {
         "own": {"accuracy": correct.double().mean().item(), **cost},
         "shuffled": {"accuracy": statistics.mean(deals), **cost, "deals": deals},

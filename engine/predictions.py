@@ -106,5 +106,6 @@ class Predictions:
         found = loop.evaluate(step, self.test, self.trained.args.precision, label).final
         owed = {}
         if self.trained.policy_net:
-            owed = dependence.measure(self.trained, self.test, found["policy"], found["correct"])
+            names = ("policy", "correct", "full_correct")
+            owed = dependence.measure(self.trained, self.test, *(found[name] for name in names))
         return {**found, "dependence": owed}

@@ -88,6 +88,8 @@ def test_dependence_on_the_image(kind):
     assert found["static_same_flops"]["blocks"] == pytest.approx(min(6, blocks + spent))
     assert found["static_same_flops"]["accuracy"] == pytest.approx(mixed(min(6, blocks + spent)))
     full = [all(row) for row in resnet.own.tolist()]
+    known = engine.dependence.measure(trained, Loader(), policies, correct, torch.tensor(full))
+    assert known == found
     kept = policies.sum(1).tolist()
     wrong = [n for n, right in zip(kept, full, strict=True) if not right]
     if wrong:
