@@ -105,7 +105,8 @@ def send(tensor: Tensor, device: torch.device | None) -> Tensor:
     """A tensor of the host on a device, by way of pinned memory to a GPU; None leaves it here."""
     if device is None:
         return tensor
-    tensor = tensor.pin_memory() if wants_pinned(device) else tensor
+    if wants_pinned(device):  # contiguous: an expanded tensor cannot be pinned
+        tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
 
 

@@ -256,6 +256,19 @@ def test_random_numbers_for_a_gpu_are_drawn_into_pinned_memory(monkeypatch):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_one_policy_for_all_images_goes_to_a_gpu(monkeypatch):
+    """Pinned as PyTorch does it: a tensor of the same strides is written to."""
+
+    def pin(tensor):
+        return torch.empty_strided(tensor.size(), tensor.stride()).copy_(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(engine.device, "wants_pinned", lambda device: True)
+    policy = torch.tensor([1, 0, 1], dtype=torch.uint8).expand(4, -1)
+    sent = engine.device.send(policy[1:3], torch.device("cpu"))
+    assert sent.tolist() == [[1, 0, 1]] * 2
+
+
 # Models of every family, on images of a size that leaves something at the end.
 FAMILIES = {TINY: 32, "AIG14_C10": 32, "R18_ImgNet": 64, "R50_ImgNet": 64, "AIG50_ImgNet": 64}
 BATCH = 4
