@@ -1,7 +1,7 @@
 """Whether a run may go on from a checkpoint: of the same stage, under the same options."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ FREE_OPTIONS = {
     *("max_epochs", "test_every", "save_minutes", "resume", "skip_data_check"),
     *("device", "parallel", "workers", "micro_batch", "precision", "deterministic"),
 }
+
+TOLD_OPTIONS = {"precision", "micro_batch"}  # those of them that change what is learned
 
 
 def stage_of(content: Mapping[str, Any]) -> int:
@@ -58,9 +60,20 @@ def check_place(loaded: Mapping[str, Any], args: argparse.Namespace) -> None:
 
 def changes(loaded: Mapping[str, Any], args: argparse.Namespace) -> list[tuple[str, Any, Any]]:
     """Options of the loaded run that differ now: name, before, now."""
+    free = FREE_OPTIONS | ({"policy"} if vars(args).get("policy") is None else set())  # as before
+    return differences(loaded, args, vars(args).keys() - free)
+
+
+def told_changes(loaded: Mapping[str, Any], args: argparse.Namespace) -> list[tuple[str, Any, Any]]:
+    """Those of the options that may be others which change what is learned: name, before, now."""
+    return differences(loaded, args, TOLD_OPTIONS)
+
+
+def differences(
+    loaded: Mapping[str, Any], args: argparse.Namespace, names: Set[str]
+) -> list[tuple[str, Any, Any]]:
     before, now = loaded.get("args", {}), vars(args)
-    free = FREE_OPTIONS | ({"policy"} if now.get("policy") is None else set())  # as before
-    names = sorted(before.keys() & now.keys() - free)
+    names = sorted(names & before.keys() & now.keys())
     return [(n, before[n], now[n]) for n in names if before[n] != now[n]]
 
 

@@ -74,9 +74,11 @@ class Run:
             resume.check_options(self.loaded, args, target)
         if ranks.is_main():
             self._claim_directory(new)
-        if new:
-            for name, before, now in resume.changes(self.loaded, args):
-                self.note(f"--{name} {now} (was {before})")
+        changed = resume.changes(self.loaded, args) if new else []
+        if self.done < args.max_epochs:
+            changed += resume.told_changes(self.loaded, args)
+        for name, before, now in changed:
+            self.note(f"--{name} {now} (was {before})")
         device.keep_freed_memory()
         device.seed_everything(args.seed, 0)
 
@@ -175,8 +177,7 @@ class Run:
                 tqdm.write(f"{self.args.load}: all {self.args.max_epochs} epochs are done")
             return
         self.logs.open(self.done, self.source)
-        if not self.cv_dir.joinpath(checkpoint.LAST).exists():
-            self.save_partway()  # a run loaded from inside an epoch may be killed before it saves
+        self.save_partway()  # last.t7 is where this run begins, also after --load of an older file
         for epoch in range(self.done + 1, self.args.max_epochs + 1):
             device.seed_everything(self.args.seed, epoch, ranks.rank())
             self.logs.begin(epoch)

@@ -107,9 +107,10 @@ def test_inside_an_epoch_the_batches_stay_as_they_were(run, common, base_file, t
             "inside an epoch of --batch_size 40")  # fmt: skip
 
 
-def test_a_run_begun_inside_an_epoch_first_writes_where_it_is(run, common, base_file, tmp_path):
-    options = [*common, "--base", base_file, "--batch_size", 40, "--max_epochs", 2]
-    assert run("cl_training", *options, "--cv_dir", tmp_path / "a")[0] == 0
+def test_a_run_first_writes_where_it_begins(run, common, base_file, tmp_path):
+    """Inside an epoch, and in place of a newer state of its own directory."""
+    options = [*common, "--base", base_file, "--batch_size", 40, "--test_every", 1]
+    assert run("cl_training", *options, "--cv_dir", tmp_path / "a", "--max_epochs", 2)[0] == 0
     content = checkpoint.read(tmp_path / "a")
     checkpoint.write(content | {"epoch": 1, "steps_done": 2, "partial": {}}, tmp_path / "part.t7")
     first = {}
@@ -120,8 +121,12 @@ def test_a_run_begun_inside_an_epoch_first_writes_where_it_is(run, common, base_
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.Run, "train_epoch", stop)
+        options += ["--max_epochs", 3]
         run("cl_training", *options, "--load", tmp_path / "part.t7", "--cv_dir", tmp_path / "b")
-    assert (first["epoch"], first["steps_done"]) == (1, 2)
+        assert (first["epoch"], first["steps_done"]) == (1, 2)
+        run("cl_training", *options, "--load", named(tmp_path / "a")[0])
+        assert (first["epoch"], first["steps_done"]) == (1, 0)
+        assert checkpoint.read(tmp_path / "a")["epoch"] == 1
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -186,7 +191,7 @@ def test_a_run_goes_on_under_its_own_options(run, common, base_file, tmp_path):
     assert status == 0 and "--penalty -4.0 (was -1.0)" in err
     status, _, err = run("cl_training", *options, "--load", first, "--max_epochs", 2,
                          "--micro_batch", 20, "--precision", "bf16")  # fmt: skip
-    assert status == 0, err
+    assert status == 0 and "--precision bf16 (was fp32)" in err, err
 
 
 def test_a_network_that_the_checkpoint_lacks_is_said(run, common, base_file, stage_1, tmp_path):
