@@ -123,6 +123,7 @@ def is_full(trained: TrainedModel) -> bool:
 
 def main() -> None:
     args = parse_args()
+    engine.ranks.refuse_several("export.py")
     refuse(args)
     onnx_files.need("onnx", "onnxruntime")
     config = engine.data.config_of(args)

@@ -161,8 +161,17 @@ def load(
     `--val_split N` evaluates on the last N training images, which training then leaves out;
     `--subset N` keeps the first N images of both.
     """
-    if config.has_pictures:
-        return pictures.load(config, args, device, training)
+    read = pictures.load if config.has_pictures else load_arrays
+    loaders = read(config, args, device, training)
+    for loader in filter(None, loaders):
+        check_shared(loader)
+    return loaders
+
+
+def load_arrays(
+    config: Config, args: argparse.Namespace, device: torch.device, training: bool
+) -> tuple[TensorLoader | None, TensorLoader]:
+    """`load` for a data set that is held in memory."""
     with ranks.main_first():  # who may have to fetch it
         arrays = DATA_SETS[config.dataset].read(args.data_dir, not args.skip_data_check)
     train = mixed(arrays["train_images"], arrays["train_labels"])
@@ -186,6 +195,16 @@ def load(
         loader.class_names = DATA_SETS[config.dataset].classes
         loaders.append(loader)
     return tuple(loaders)
+
+
+def check_shared(loader: EvaluationLoader) -> None:
+    """Refuse batches of which a process would get nothing."""
+    images = min(loader.batch_size, loader.num_images)
+    if images < ranks.world():
+        raise UserError(
+            f"{images} images a batch for {ranks.world()} processes: take a larger --batch_size or "
+            "--subset, or fewer processes"
+        )
 
 
 def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

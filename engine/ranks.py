@@ -43,6 +43,14 @@ def start(parallel: bool = False, device: str | None = None) -> None:
         os.execv(sys.executable, [*torchrun, processes, *sys.argv])
 
 
+def refuse_several(script: str) -> None:
+    """Raise UserError under torchrun: for a script of one process, whose others would do the same
+    work and write the same files.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{script} is of one process: start it without torchrun")
+
+
 def pick_own_gpu() -> None:
     """A GPU for each process of this machine: NCCL refuses two on one, and they would gain nothing.
 

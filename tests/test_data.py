@@ -28,6 +28,15 @@ def random_set(n=20):
     return images, torch.arange(n, dtype=torch.uint8)
 
 
+def test_batches_of_fewer_images_than_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(engine.ranks, "world", lambda: 3)
+    images, labels = random_set(3)
+    engine.data.check_shared(TensorLoader(images, labels, SPEC, 3))
+    for rows, batch_size in ((3, 2), (2, 3)):
+        with pytest.raises(UserError, match="2 images a batch for 3 processes"):
+            engine.data.check_shared(TensorLoader(images[:rows], labels[:rows], SPEC, batch_size))
+
+
 def test_evaluation_gives_every_image_once_normalised():
     images, labels = random_set()
     batches = list(TensorLoader(images, labels, SPEC, 8).epoch(0))

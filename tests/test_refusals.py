@@ -31,6 +31,16 @@ def test_impossible_options_are_refused(run, options, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_negative_numbers_may_have_an_exponent(run):
+    refused(run("cl_training", "--penalty", "-1e-1", "--model", "R31_C10"), "R31_C10")
+
+
+@pytest.mark.parametrize("script", ["visualize", "export"])
+def test_scripts_of_one_process_say_so(script, run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(run(script, "--load", "none.t7", "--out", "none.onnx"), "without torchrun")
+
+
 def test_bad_checkpoints_are_refused(run, common, base_file, stage_1, tmp_path):
     base = ["--base", base_file]
     good = named(stage_1)[0]
