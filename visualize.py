@@ -292,6 +292,8 @@ def base_accuracy(predicted: Predictions) -> float | None:
     try:
         base = predicted.trained.base()
     except UserError:
+        if predicted.trained.args.base:  # one that was asked for
+            raise
         return None
 
     def step(images: Tensor, labels: Tensor):
@@ -321,8 +323,9 @@ def curriculum_end(given: dict, num_blocks: int) -> int | None:
 
 def main() -> None:
     args = parse_args()
+    engine.ranks.refuse_several("visualize.py")
     engine.device.keep_freed_memory()
-    chooses = ("correctness" in engine.checkpoint.read(path) for path in args.load)
+    chooses = (engine.weights.can_choose(engine.checkpoint.read(path)) for path in args.load)
     if args.penalty is not None and not any(chooses):
         raise UserError("--penalty: no checkpoint of --load can choose for one")
     all_predicted = [Predictions(path, args) for path in args.load]

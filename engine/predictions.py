@@ -21,7 +21,7 @@ class Predictions:
         self.made_with = content.get("args", {})
         model = content.get("model")  # released checkpoints do not say
         model = model if isinstance(model, str) else args.model
-        penalty = args.penalty if "correctness" in content else None
+        penalty = args.penalty if weights.can_choose(content) else None
         own = argparse.Namespace(
             **vars(args) | {"load": path, "model": model, "policy": None, "penalty": penalty}
         )

@@ -203,6 +203,14 @@ def load_into(network: nn.Module, content: Mapping[str, Any], path: str | Path) 
         load(network, state)
 
 
+def can_choose(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's policy network chooses for any penalty: it holds the head for that,
+    and has not gone on since they learned together.
+    """
+    last = content.get("args", {}).get("warm_start", float("inf"))
+    return "correctness" in content and content.get("epoch", 0) <= last
+
+
 def load_correctness(
     config: Config, content: Mapping[str, Any], path: str | Path, policy_net: models.PolicyNet
 ) -> models.Correctness:
@@ -216,7 +224,7 @@ def load_correctness(
     )
     if "correctness" not in content:
         raise UserError(f"{path}: its policy cannot choose for another penalty: {way_out}")
-    if content.get("epoch", 0) > content.get("args", {}).get("warm_start", float("inf")):
+    if not can_choose(content):
         raise UserError(
             f"{path}: its policy has gone on since it could choose for another penalty: {way_out}"
         )

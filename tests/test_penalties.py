@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, refused, script_module, trained
+from conftest import TINY, named, refused, script_module, trained
 from faults import same
 
 import engine
@@ -211,6 +211,10 @@ def test_a_warm_started_run_chooses_for_penalties(run, common, base_file, tmp_pa
     assert run("cl_training", *options, "--max_epochs", 4, "--load", warm)[0] == 0
     assert run("cl_training", *options, "--max_epochs", 4, "--cv_dir", whole)[0] == 0
     assert same(trained(warm), trained(whole))
+    # a curve and its stage 1 stand in one report
+    page[page.index("--load") + 1 : page.index("--out")] = [named(warm)[1], warm]
+    status, _, err = run(*page, "--penalty", -1)
+    assert status == 0, err
     refused(run("test", *common, "--base", base_file, "--load", warm, "--penalty", -1),
             "has gone on since", "the last epoch of cl_training.py --warm_start")  # fmt: skip
     plain = tmp_path / "plain"

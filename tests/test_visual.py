@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, script_module
+from conftest import TINY, refused, script_module
 
 import models
 from engine import checkpoint
@@ -197,6 +197,12 @@ def test_reports_of_a_single_policy(run, common, base_file, tmp_path, bias):
     shown = {"blocks", "keep_rates", "policies", "accuracy_by_blocks", "classes", "trade_off"}
     assert pictures >= shown | {"paths", "dependence"}
     assert "1 in all" in (out / "report.html").read_text()
+
+
+def test_a_base_that_is_asked_for_and_missing_is_told(run, common, base_file, tmp_path):
+    path = stage_2(tmp_path / "ckpt.t7", 50.0, base_file)
+    options = [*common[:-1], tmp_path / "none.t7", "--load", path, "--out", tmp_path / "report"]
+    refused(run("visualize", *options), "none.t7: no such")
 
 
 def test_a_second_report_uses_the_first_ones_predictions(
