@@ -46,8 +46,11 @@ def build(trained: TrainedModel, opset: int, ranges: quantization.Ranges | None 
 
 def calibrate(trained: TrainedModel, train) -> quantization.Ranges:
     """What the networks meet on some training images, under their own policies."""
-    batches = -(-CALIBRATION // train.batch_size)
-    images = (images for images, _, _ in islice(train.epoch(0), batches))
+    batches = islice(train.epoch(0), -(-CALIBRATION // train.batch_size))
+    images = (
+        images[: CALIBRATION - step * train.batch_size]
+        for step, (images, _, _) in enumerate(batches)
+    )
     networks = filter(None, (trained.resnet, trained.policy_net))
     return quantization.observe(networks, trained.run, images)
 

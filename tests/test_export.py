@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 import models
 import utils
-from engine import checkpoint
+from engine import checkpoint, onnx_files
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -358,6 +359,19 @@ def test_int8(images, name):
         expected = run(x)[0]
     difference = (logits - expected).abs().amax(1) / expected.abs().amax(1)
     assert 1e-5 < difference.max() < 0.1, difference
+
+
+def test_int8_looks_at_as_many_images_as_it_says(monkeypatch):
+    seen = []
+
+    def observe(networks, run, batches):
+        seen.extend(len(images) for images in batches)
+
+    monkeypatch.setattr(quantization, "observe", observe)
+    batches = [(torch.zeros(250), None, None)] * 4
+    train = SimpleNamespace(batch_size=250, epoch=lambda epoch: iter(batches))
+    onnx_files.calibrate(SimpleNamespace(resnet=None, policy_net=None, run=None), train)
+    assert seen == [250, 250, onnx_files.CALIBRATION - 500]
 
 
 def test_export_in_int8(export, images, tmp_path):
