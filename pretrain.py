@@ -14,7 +14,7 @@ from engine import Shard, UserError, options, schedule, weights
 
 def parse_args():
     parser = options.parser(__doc__, model="R32_C10")
-    options.add_training(parser, lr=0.4, wd=5e-4, max_epochs=160)
+    options.add_training(parser, lr=0.4, wd=5e-4, max_epochs=160, cv_dir="cv/pretrained/<model>/")
     add = parser.add_argument
     add(
         "--pretrained",

@@ -24,6 +24,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
+        # argparse takes -1e-1 for an option otherwise
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all options)")
@@ -146,13 +148,15 @@ def static_policy(name: str | None, config: Config, seed: int) -> Tensor | None:
         return utils.static_policy(name, config.stages, seed)
 
 
-def add_training(options: Parser, lr: float, wd: float, max_epochs: int) -> None:
-    """What every training script takes."""
+def add_training(
+    options: Parser, lr: float, wd: float, max_epochs: int, cv_dir: str = "cv/tmp/"
+) -> None:
+    """What every training script takes, and what it says of the default of --cv_dir."""
     add = options.add_argument
     add("--lr", type=positive, default=lr, help="learning rate")
     add("--wd", type=weight, default=wd, help="weight decay")
     add("--load", help="continue this run: a checkpoint, or the cv_dir that holds last.t7")
-    add("--cv_dir", help="where checkpoints and logs go (default: that of --load, or cv/tmp/)")
+    add("--cv_dir", help=f"where checkpoints and logs go (default: that of --load, or {cv_dir})")
     add("--batch_size", type=count, default=256, help="images a step")
     add("--max_epochs", type=count, default=max_epochs, help="epochs in all, resumed ones included")
     add("--parallel", action="store_true", help="use all GPUs of this machine, as torchrun would")

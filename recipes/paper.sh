@@ -34,7 +34,7 @@ limited() {
     if [ -n "$MINUTES" ]; then
         left=$((END - $(date +%s)))
         [ "$left" -gt 0 ] || stop "$1"
-        LIMIT="timeout --signal=TERM $left"
+        LIMIT="timeout --foreground --signal=TERM $left"  # so that Ctrl-C reaches it
     fi
     status=0
     stage "$@" || status=$?
