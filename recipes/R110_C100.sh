@@ -1,7 +1,8 @@
 #!/bin/sh
 # R110_C100 by recipes/chain.sh. Its base begins as ResNet-32's, shipped or
-# SHALLOW=cv/reproduce/R32_C100/base, whose further blocks add nothing at first.
+# FROM=cv/reproduce/R32_C100/base, whose further blocks add nothing at first;
+# cv/R110_C100/base began as cv/R32_C100/base_older.
 MODEL=R110_C100 ROUTES=6 WARM=8 GRADIENT=3 TUNE=4 FREED=18
-SHALLOW=${SHALLOW:-cv/R32_C100/base}
+FROM=${FROM:-cv/R32_C100/base}
 . recipes/chain.sh
 table

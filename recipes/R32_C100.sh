@@ -1,7 +1,9 @@
 #!/bin/sh
-# R32_C100 from nothing, by recipes/chain.sh, and beside it, as long as its stage 2, a specialist for
-# one static policy and ConvNet-AIG. CIFAR-100 lies in data/, docs/data.md says in which forms.
-MODEL=R32_C100 PLAIN=24 ROUTES=10 WARM=12 GRADIENT=4 TUNE=6 FREED=5
+# R32_C100 by recipes/chain.sh, and beside it, as long as its stage 2, a specialist for one static
+# policy and ConvNet-AIG. Begun as the base that `FROM= ROUTES=10 make reproduce MODEL=R32_C100`
+# makes from nothing. CIFAR-100 lies in data/, docs/data.md says in which forms.
+MODEL=R32_C100 PLAIN=24 ROUTES=${ROUTES:-16} WARM=12 GRADIENT=4 TUNE=6 FREED=5
+FROM=${FROM-cv/R32_C100/base_older}
 . recipes/chain.sh
 
 stage static8 finetune $FINETUNE --policy late:8

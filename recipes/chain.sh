@@ -1,16 +1,16 @@
-# One chain for every CIFAR model, from nothing: a ResNet for every route, one policy network for every
+# One chain for every CIFAR model: a ResNet for every route, one policy network for every
 # penalty on it, and the paper's two stages for --penalty -5. A recipe sets the lengths, in epochs
 # (PLAIN, ROUTES, WARM, GRADIENT, TUNE), and FREED, by how many blocks the curriculum grows an epoch.
-# SHALLOW is a ResNet with fewer blocks to start from, in place of a plain one. PENALTIES are those
-# that the one network is profiled at.
+# FROM is a ResNet to begin as, of as many blocks or fewer; where it is empty, a plain one is trained
+# first. PENALTIES are those that the one network is profiled at.
 . recipes/common.sh
 
 # Stage 0: a plain ResNet, then one that serves every route.
-if [ -z "${SHALLOW:-}" ]; then
+if [ -n "${FROM:-}" ]; then
+    RATE=0.05
+else
     stage plain pretrain --max_epochs "$PLAIN" --batch_size 256 --lr 0.4
     FROM=$OUT/plain RATE=0.1
-else
-    FROM=$SHALLOW RATE=0.05
 fi
 stage base pretrain --routes --pretrained "$FROM" --max_epochs "$ROUTES" --batch_size 128 --lr "$RATE"
 BASE=$OUT/base
