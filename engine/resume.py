@@ -72,6 +72,7 @@ def told_changes(loaded: Mapping[str, Any], args: argparse.Namespace) -> list[tu
 def differences(
     loaded: Mapping[str, Any], args: argparse.Namespace, names: Set[str]
 ) -> list[tuple[str, Any, Any]]:
+    """Options of these names that the loaded run had otherwise: name, before, now."""
     before, now = loaded.get("args", {}), vars(args)
     names = sorted(names & before.keys() & now.keys())
     return [(n, before[n], now[n]) for n in names if before[n] != now[n]]
