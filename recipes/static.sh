@@ -1,6 +1,6 @@
 #!/bin/sh
 # What R32_C10's policies are compared with, after recipes/R32_C10.sh: specialists for one static
-# policy, finetuned as long as stage 2 from the same base, and a plain smaller ResNet trained as long.
+# policy, finetuned as long as stage 2 from the same base, and a plain smaller ResNet.
 MODEL=R32_C10
 . recipes/common.sh
 BASE=$OUT/base
@@ -11,7 +11,8 @@ for keep in 6 8 10; do
     profile "static$keep" --load "$OUT/static$keep"
 done
 
-# About as long as the base: 42 epochs, and 20 of a full and a shorter pass each.
+# About as long as cv/R32_C10/base_older: 42 epochs, and 20 of a full and a shorter pass each. The
+# base itself has learned longer.
 stage R20 pretrain --model R20_C10 --max_epochs 66 --batch_size 128 --lr 0.1
 profile R20 --model R20_C10 --base "$OUT/R20"
 table
