@@ -78,15 +78,21 @@ class Bench:
         return folder, time.monotonic() - start
 
 
+def differing(a, b, name: str = "") -> list[str]:
+    """Where two nested states are not equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [name]
+    if isinstance(a, (list, tuple)):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict):
+        missing = [f"{name}/{key}" for key in a.keys() ^ b.keys()]
+        return sum((differing(a[k], b[k], f"{name}/{k}") for k in a.keys() & b.keys()), missing)
+    return [] if a == b else [name]
+
+
 def same(a, b) -> bool:
     """Whether two nested states are equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
+    return not differing(a, b)
 
 
 def ended_alike(a: Path, b: Path) -> bool:
