@@ -2,6 +2,7 @@
 
 from .aig import GatedResNet
 from .deployment import DeployedResNet, deploy
+from .graphs import record
 from .policy import (
     POLICY_SIZES,
     Correctness,
@@ -49,4 +50,5 @@ __all__ = [
     "load_strictly",
     "load_ungated",
     "names",
+    "record",
 ]

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import script_module
+from test_graphs import remember
 from test_models import random_norms
 
 import models
@@ -18,26 +19,6 @@ from engine.checkpoint import ROOT
 def graphs(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return script_module("benchmarks/graphs")
-
-
-def remember(call):
-    """In a CUDA graph's place: a result that always lies in the same tensor."""
-    result = call()
-    return lambda: result.copy_(call()), result
-
-
-@pytest.mark.parametrize("name", ["R14_C10", "R18_ImgNet"])
-def test_a_graph_a_block_runs_the_kept_blocks(name, graphs):
-    torch.manual_seed(0)
-    resnet, policy_net = map(random_norms, models.build(name))
-    fast, fast_policy = models.deploy(resnet, policy_net, torch.float64)
-    example, *images = torch.randn(4, 1, 3, 64, 64, dtype=torch.float64)
-    alone = graphs.GraphPerBlock(fast, example, remember)
-    full = graphs.OneGraph(fast, example, remember)
-    for x in images:
-        policy = (torch.rand(1, resnet.num_blocks) < 0.5).double()
-        torch.testing.assert_close(alone(x, policy), resnet(x, policy).detach())
-        torch.testing.assert_close(full(x), resnet(x).detach())
 
 
 def test_contenders_that_only_a_gpu_has_give_the_same_logits(graphs):

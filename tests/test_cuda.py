@@ -112,6 +112,26 @@ def test_deployed_gates_compute_the_same(multiple):
             close(found, logits[rows], torch.float64)
 
 
+@on_a_gpu
+@pytest.mark.parametrize("name", SIZES)
+def test_recorded_graphs_compute_the_same(name):
+    resnet, images, _ = batch_of(name, torch.float64, count=20)
+    _, policy_net = models.build(name)
+    engine.device.place(random_norms(policy_net).double(), DEVICE)
+    policy_net.logit.weight.data.mul_(100)  # policies that differ
+    decide = models.decider(policy_net)
+    fast, fast_policy = models.deploy(resnet, policy_net, torch.float64)
+    run = models.record(fast, models.decider(fast_policy), images[:1])
+    del fast, fast_policy
+    taken = torch.full((2**28,), float("nan"), device=DEVICE)  # of what was freed, if anything
+    with torch.no_grad():
+        for x in images.split(1):
+            logits, policy = run(x)
+            assert torch.equal(policy, decide(x))
+            close(logits, resnet(x, policy), torch.float64)
+    del taken
+
+
 def test_autocast_gives_every_weight_a_gradient_and_float32_logits():
     resnet, images, _ = batch_of(TINY, torch.float32)
     policy = torch.ones(len(images), resnet.num_blocks, device=DEVICE)
