@@ -1,19 +1,19 @@
 # One chain for every CIFAR model: a ResNet for every route, one policy network for every
 # penalty on it, and the paper's two stages for --penalty -5. A recipe sets the lengths, in epochs
-# (PLAIN, ROUTES, WARM, GRADIENT, TUNE), and FREED, by how many blocks the curriculum grows an epoch.
-# FROM is a ResNet to begin as, of as many blocks or fewer; where it is empty, a plain one is trained
-# first. PENALTIES are those that the one network is profiled at.
+# (PLAIN, ROUTES, WARM, GRADIENT, TUNE), FREED, by how many blocks the curriculum grows an epoch,
+# and the base's BATCH and RATE. FROM is a ResNet to begin as, of as many blocks or fewer; where it
+# is empty, a plain one is trained first. PENALTIES are those that the one network is profiled at.
 . recipes/common.sh
 
 # Stage 0: a plain ResNet, then one that serves every route.
 if [ -n "${FROM:-}" ]; then
-    RATE=0.05
+    RATE=${RATE:-0.05}
 else
     stage plain pretrain --max_epochs "$PLAIN" --batch_size 256 --lr 0.4
     FROM=$OUT/plain RATE=0.1
 fi
-stage base pretrain --routes --pretrained "$FROM" --max_epochs "$ROUTES" --batch_size 128 --lr "$RATE"
-BASE=$OUT/base
+BASE=$OUT/base BATCH=${BATCH:-128}
+stage base pretrain --routes --pretrained "$FROM" --max_epochs "$ROUTES" --batch_size $BATCH --lr $RATE
 
 # The policy network starts from a classifier of its own size.
 stage classifier pretrain --model "R8_${MODEL#*_}" --max_epochs 25 --batch_size 256 --lr 0.4
