@@ -110,10 +110,8 @@ def record(
         raise ValueError(f"CUDA graphs need a GPU, and this image is on the {example.device.type}")
     if len(example) != 1:
         raise ValueError(f"{len(example)} images: graphs are recorded for one at a time")
-    policy_of, logits_of = (
-        OneGraph(decide, example, recorder),
-        GraphPerBlock(fast, example, recorder),
-    )
+    policy_of = OneGraph(decide, example, recorder)
+    logits_of = GraphPerBlock(fast, example, recorder)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         policy = policy_of(x)
