@@ -10,7 +10,7 @@ if [ -n "${FROM:-}" ]; then
     RATE=${RATE:-0.05}
 else
     stage plain pretrain --max_epochs "$PLAIN" --batch_size 256 --lr 0.4
-    FROM=$OUT/plain RATE=0.1
+    FROM=$OUT/plain RATE=${RATE:-0.1}
 fi
 BASE=$OUT/base BATCH=${BATCH:-128}
 stage base pretrain --routes --pretrained "$FROM" --max_epochs "$ROUTES" --batch_size $BATCH --lr $RATE
