@@ -21,6 +21,11 @@ from .resnet import BasicBlock, Bottleneck, PoolAndPad
 # seven times slower on ten, the other way round up to twenty times; one for this many serves all.
 PACKED_BATCH = 16
 
+# oneDNN makes its kernels anew for each batch size that it meets, which may take longer than to run
+# them. So above two tiles a part of a batch runs in two pieces, whole tiles and the rest, and few
+# sizes occur.
+TILE = 32
+
 
 class Conv:
     """A convolution with its BatchNorm folded in, and what follows it in a residual network."""
@@ -138,6 +143,13 @@ class Block:
             x = conv.relu(x)
         return self.convs[-1].add_relu(x, shortcut)
 
+    def run_part(self, x: Tensor, shortcut: Tensor) -> None:
+        """`run` on a part of a batch, whose size may not come again; see TILE."""
+        rest = len(x) % TILE if self.convs[0].onednn and len(x) > 2 * TILE else 0
+        sizes = [len(x) - rest, rest] if rest else [len(x)]
+        for piece, written in zip(x.split(sizes), shortcut.split(sizes), strict=True):
+            self.run(piece, written)
+
     def full(self, x: Tensor) -> Tensor:
         return self.run(x, x if self.is_identity else self.shortcut(x))
 
@@ -160,7 +172,7 @@ class Block:
             return passed
         shortcut = passed.take(rows)
         kept = shortcut if self.is_identity else batch.take(rows)
-        self.run(kept.images, shortcut.images)
+        self.run_part(kept.images, shortcut.images)
         if rectify and not self.is_identity:
             passed.images.relu_()
         passed.put_(rows, shortcut)

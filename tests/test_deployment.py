@@ -6,7 +6,7 @@ from test_models import random_norms
 from torch import nn
 
 import models
-from models import deployed_block, deployment, execution
+from models import capabilities, deployed_block, deployment, execution
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
 
@@ -63,6 +63,28 @@ def test_nested_policies_need_no_gathering(pair, dtype, monkeypatch):
     nested[3] = (torch.arange(resnet.num_blocks) % 2).float()
     close(fast(ours, nested), resnet(x, nested), dtype)
     assert any(gathered) and not all(gathered)
+
+
+@pytest.mark.skipif(not capabilities.fused_convolutions(torch.float32), reason="needs oneDNN")
+def test_large_parts_of_a_batch_run_in_few_sizes(pair, monkeypatch):
+    """For each size that is new oneDNN makes its kernels anew."""
+    resnet, _, size = pair
+    fast, _ = models.deploy(resnet)
+    monkeypatch.setattr(deployment, "CPU_CHUNK", 32)
+    monkeypatch.setattr(deployed_block, "TILE", 4)
+    sizes = set()
+    monkeypatch.setattr(
+        deployed_block.Block, "run", lambda self, x, shortcut, run=deployed_block.Block.run: (
+            sizes.add(len(x)), run(self, x, shortcut)
+        )[1],
+    )  # fmt: skip
+    x = torch.randn(32, 3, size, size)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        policy = (torch.rand(32, resnet.num_blocks) < 0.6).float()
+        close(fast(x, policy), resnet(x.double(), policy), torch.float32)
+    assert max(sizes) >= 16
+    assert all(size <= 8 or size % 4 == 0 for size in sizes)
 
 
 def test_no_image_gives_no_logits(pair):
