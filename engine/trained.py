@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from models import Config
 from . import device, options, weights
 from .process import UserError
 
-TIMED_BATCHES, TIMED_SECONDS = 200, 30.0  # timing stops at whichever comes first
+WARM_UP_SECONDS, TIMED_SECONDS, TIMED_PASSES = 10.0, 30.0, 5  # of --time
 
 
 def decision_flops(resnet: nn.Module, policy_net: nn.Module | None, input_size) -> int:
@@ -132,34 +132,44 @@ class TrainedModel:
     def input_size(self) -> tuple[int, int, int]:
         return 3, self.config.image_size, self.config.image_size
 
+    def deployed(self) -> tuple[Callable[[Tensor], object], Callable[[Tensor], object]]:
+        """What images (B, 3, H, W) go through in use, decision included, and the full ResNet."""
+        dtype = device.dtype(self.args.precision)
+        fast, fast_policy = models.deploy(self.resnet, self.policy_net, dtype)
+        if self.config.gated:
+            return fast, fast.resnet
+        decide = self.decider(fast_policy)
+        return lambda images: fast(images, decide(images)), fast
+
     def time(self, test, batch_size: int) -> dict[str, float]:
         """Medians over batches: milliseconds an image, and the speed-up over the full ResNet.
 
-        Both run deployed, in turn on the same images, ours with what decides.
+        Both run deployed, in turn on the same images. A pass that is not timed comes first: kernels
+        are made anew for each size that occurs.
         """
-        dtype = device.dtype(self.args.precision)
-        fast, fast_policy = models.deploy(self.resnet, self.policy_net, dtype)
-        full = fast.resnet if self.config.gated else fast
-
-        decide = self.decider(fast_policy)
-
-        def ours():
-            return fast(images) if self.config.gated else fast(images, decide(images))
-
+        ours, full = self.deployed()
+        size = min(batch_size, test.num_images)
+        for images in whole_batches(test, size, 1, WARM_UP_SECONDS):
+            ours(images), full(images)
         seconds, full_seconds = [], []
-        start = time.perf_counter()
-        for images, _, _ in test.epoch(0):
-            if len(images) < min(batch_size, test.num_images) or len(seconds) == TIMED_BATCHES:
-                break
-            if not seconds:
-                ours(), full(images)
-            seconds.append(device.timed(ours, images.device))
+        for images in whole_batches(test, size, TIMED_PASSES, TIMED_SECONDS):
+            seconds.append(device.timed(partial(ours, images), images.device))
             full_seconds.append(device.timed(partial(full, images), images.device))
-            if len(seconds) >= 5 and time.perf_counter() - start > TIMED_SECONDS:
-                break
-        median = statistics.median(seconds)
+        ratios = [b / a for a, b in zip(seconds, full_seconds, strict=True)]
         return {
             "batch_size": batch_size,
-            "ms_per_image": median / min(batch_size, test.num_images) * 1e3,
-            "speed_up": statistics.median(full_seconds) / median,
+            "ms_per_image": statistics.median(seconds) / size * 1e3,
+            "speed_up": statistics.median(ratios),
         }
+
+
+def whole_batches(test, size: int, passes: int, seconds: float) -> Iterator[Tensor]:
+    """Images of the batches of this size, for so many passes or seconds, whichever end first."""
+    start = time.perf_counter()
+    for _ in range(passes):
+        for images, _, _ in test.epoch(0):
+            if len(images) < size:
+                break
+            yield images
+            if time.perf_counter() - start > seconds:
+                return
