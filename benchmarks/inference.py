@@ -9,12 +9,13 @@ ONNX Runtime takes part where it is installed (`pip install -r requirements-dev.
 
 import json
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import graphs
 import torch
-from measure import conv_gflops, interleaved, machine, random_policies, table, write
+from measure import conv_gflops, interleaved, machine, random_policies, redrawn, table, write
 from torch import nn
 
 import engine
@@ -73,14 +74,15 @@ def onnx_session(resnet: nn.Module, x: torch.Tensor):
 class Steered:
     """A deployed gate that runs as ever and then says what it is told, in order of the batch."""
 
-    def __init__(self, gate, column: torch.Tensor):
-        self.gate, self.column, self.next = gate, column.bool(), 0
+    def __init__(self, gate, columns: Iterator[torch.Tensor]):
+        self.gate, self.columns, self.rest = gate, columns, ()
 
     def __call__(self, x):
         self.gate(x)
-        rows = slice(self.next, self.next + len(x))
-        self.next = (self.next + len(x)) % len(self.column)
-        return self.column[rows]
+        if len(self.rest) == 0:
+            self.rest = next(self.columns)
+        told, self.rest = self.rest[: len(x)], self.rest[len(x) :]
+        return told
 
 
 def gated_contenders(net, x, policy, precision) -> tuple[dict, torch.Tensor]:
@@ -90,7 +92,9 @@ def gated_contenders(net, x, policy, precision) -> tuple[dict, torch.Tensor]:
     if policy is None:
         policy = fast(x)[1]
     else:
-        fast.gates = [Steered(gate, policy[:, k]) for k, gate in enumerate(fast.gates)]
+        fast.gates = [
+            Steered(gate, redrawn(policy[:, k].bool())) for k, gate in enumerate(fast.gates)
+        ]
     autocast = partial(engine.device.autocast, x.device, precision)
 
     def eager():
@@ -113,23 +117,28 @@ def contenders(resnet, policy_net, x, policy, precision, args) -> tuple[dict, to
         policy = utils.most_probable(fast_policy(x)[0])
     autocast = partial(engine.device.autocast, x.device, precision)
 
-    def eager(execution, policy):
+    def eager(execution, policies):
         def call():
             resnet.execution = execution
             with torch.no_grad(), autocast():
-                return resnet(x, policy)
+                return resnet(x, policies and next(policies))
 
         return call
+
+    policies = redrawn(policy)
+
+    def with_policy_net():
+        return fast_policy(x), fast(x, next(policies))
 
     calls = {
         "full, eager": eager("sparse", None),
         "full, deployed": lambda: fast(x),
-        "masked, eager": eager("masked", policy),
-        "ours, eager": eager("sparse", policy),
-        "ours, deployed": lambda: fast(x, policy),
+        "masked, eager": eager("masked", policies),
+        "ours, eager": eager("sparse", policies),
+        "ours, deployed": lambda: fast(x, next(policies)),
     }
     if fast_policy is not None:
-        calls["ours, deployed, with policy net"] = lambda: (fast_policy(x), fast(x, policy))
+        calls["ours, deployed, with policy net"] = with_policy_net
     if not args.no_compile:
         compiled = torch.compile(Plain(resnet))
 
@@ -139,7 +148,7 @@ def contenders(resnet, policy_net, x, policy, precision, args) -> tuple[dict, to
 
         calls["full, torch.compile"] = compiled_call
     if x.device.type == "cuda":
-        calls |= graphs.contenders(fast, fast_policy, x, policy)
+        calls |= graphs.contenders(fast, fast_policy, x, policies)
     if dtype == torch.float32 and x.device.type == "cpu":
         session = onnx_session(resnet, x)
         if session:

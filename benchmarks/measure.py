@@ -6,8 +6,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -97,6 +98,15 @@ def random_policies(batch: int, num_blocks: int, keep: int, device: torch.device
     """(B, K) policies that each keep `keep` blocks, chosen at random for every image."""
     order = torch.rand(batch, num_blocks, device=device).argsort(1)
     return (order < keep).float()
+
+
+def redrawn(policy: Tensor) -> Iterator[Tensor]:
+    """A batch's policies (B, K) without end, each time B of them drawn with replacement.
+
+    Were they the same each time, no call would meet a batch size that kernels are not made for yet.
+    """
+    draws = torch.randint(len(policy), (64, len(policy)), device=policy.device)
+    return cycle([policy[rows] for rows in draws])
 
 
 def write(content: dict, path: Path) -> None:

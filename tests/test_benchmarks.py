@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import repeat
 
 import pytest
 import torch
@@ -30,10 +31,25 @@ def test_contenders_that_only_a_gpu_has_give_the_same_logits(graphs):
         x = torch.randn(batch, 3, 32, 32, dtype=torch.float64)
         policy = (torch.rand(batch, 6) < 0.5).double()
         expected = {"full": resnet(x).detach(), "ours": resnet(x, policy).detach()}
-        for name, call in graphs.contenders(*twins, x, policy, remember).items():
+        for name, call in graphs.contenders(*twins, x, repeat(policy), remember).items():
             torch.testing.assert_close(call(), expected[name[:4]])
             names.add(name)
     assert len(names) == 5
+
+
+def test_checkpoints_are_timed_in_turn(run, common, base_file, stage_1, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    base = f"--base '{base_file}'"
+    rows = [f"full={base}", f"stage 1={base} --load '{stage_1}'", f"2={base} --policy first:2"]
+    options = ["--batch_size", 16, "--passes", 3, "--json", tmp_path / "out.json"]
+    status, out, err = run("benchmarks/checkpoints", *common, *rows, *options)
+    assert status == 0, err
+    full, *others = found = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["name"] for row in found] == ["full", "stage 1", "2"]
+    assert {row["batches"] for row in found} == {6} and full["speed_up"] == 1
+    assert all(f"| {row['ms_per_image']:.3f}" in out for row in others)
+    status, _, err = run("benchmarks/checkpoints", *common, "full")
+    assert status == 2 and "full: expected NAME=OPTIONS" in err
 
 
 @pytest.fixture
