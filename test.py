@@ -121,7 +121,8 @@ def main() -> None:
         figures |= trained.time(test, args.batch_size)
         print(
             f"    Time/img: {figures['ms_per_image']:.3f} ms\n"
-            f"    Speed-up: {figures['speed_up']:.2f} over the full ResNet, batch {args.batch_size}"
+            f"    Speed-up: {figures['speed_up']:.2f} over the full ResNet,"
+            f" batch {figures['batch_size']}"
         )
     if args.json:
         figures |= {name: getattr(args, name) for name in ("model", "load", "penalty", "precision")}

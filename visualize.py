@@ -254,12 +254,12 @@ def add_trade_off(report: Report, all_predicted: list[Predictions], args) -> Non
     points = []
     for predicted in all_predicted:
         times = predicted.trained.time(predicted.test, predicted.test.batch_size)
-        ms = times["ms_per_image"]
         if predicted is first and full:
-            points.append(("full ResNet", "full", ms * times["speed_up"], full))
-        points.append((predicted.kind, predicted.folder.name, ms, predicted.accuracy))
+            points.append(("full ResNet", "full", times["full_ms_per_image"], full))
+        own = times["ms_per_image"], predicted.accuracy
+        points.append((predicted.kind, predicted.folder.name, *own))
     add_points(report, "time", "Accuracy and time",
-        f"Milliseconds an image, networks deployed, batch {first.test.batch_size}.",
+        f"Milliseconds an image, networks deployed, batch {times['batch_size']}.",
         points, "milliseconds an image", "{:.3f}")  # fmt: skip
 
 

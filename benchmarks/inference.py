@@ -11,11 +11,12 @@ import json
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import graphs
 import torch
-from measure import conv_gflops, interleaved, machine, random_policies, redrawn, table, write
+from measure import conv_gflops, interleaved, machine, random_policies, table, under, write
 from torch import nn
 
 import engine
@@ -25,6 +26,9 @@ from engine import options
 from engine.trained import TrainedModel, decision_flops
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+# Policies of a batch that are timed in turn. Always the same ones would make each block meet the
+# same number of images again, for which its kernels are there.
+DRAWS = 64
 
 
 def parse_args():
@@ -85,60 +89,52 @@ class Steered:
         return told
 
 
-def gated_contenders(net, x, policy, precision) -> tuple[dict, torch.Tensor]:
-    """ConvNet-AIG's, with gates steered to a policy, or free where it is None."""
+def gated_contenders(net, x, policies, precision) -> dict:
+    """ConvNet-AIG's, its gates steered to the policies of `contenders`."""
     net.always_on = frozenset()
     fast, _ = models.deploy(net, None, DTYPES[precision])
-    if policy is None:
-        policy = fast(x)[1]
-    else:
-        fast.gates = [
-            Steered(gate, redrawn(policy[:, k].bool())) for k, gate in enumerate(fast.gates)
-        ]
+    fast.gates = [
+        Steered(gate, cycle(policies[..., k].bool())) for k, gate in enumerate(fast.gates)
+    ]
     autocast = partial(engine.device.autocast, x.device, precision)
 
     def eager():
         with torch.no_grad(), autocast():
             return net.resnet(x)
 
-    calls = {
+    return {
         "full, eager": eager,
         "full, deployed": lambda: fast.resnet(x),
         "ours, deployed, with gates": lambda: fast(x),
     }
-    return calls, policy
 
 
-def contenders(resnet, policy_net, x, policy, precision, args) -> tuple[dict, torch.Tensor]:
-    """Name -> a call without arguments, for one batch in one precision."""
+def contenders(resnet, policy_net, x, policies, precision, args) -> dict:
+    """Name -> a call without arguments, for one batch in one precision.
+
+    policies: (D, B, K), see `measure.under`.
+    """
     dtype = DTYPES[precision]
     fast, fast_policy = models.deploy(resnet, policy_net, dtype)
-    if policy is None:
-        policy = utils.most_probable(fast_policy(x)[0])
     autocast = partial(engine.device.autocast, x.device, precision)
 
-    def eager(execution, policies):
-        def call():
+    def eager(execution):
+        def run(x, policy):
             resnet.execution = execution
             with torch.no_grad(), autocast():
-                return resnet(x, policies and next(policies))
+                return resnet(x, policy)
 
-        return call
-
-    policies = redrawn(policy)
-
-    def with_policy_net():
-        return fast_policy(x), fast(x, next(policies))
+        return run
 
     calls = {
-        "full, eager": eager("sparse", None),
+        "full, eager": lambda: eager("sparse")(x, None),
         "full, deployed": lambda: fast(x),
-        "masked, eager": eager("masked", policies),
-        "ours, eager": eager("sparse", policies),
-        "ours, deployed": lambda: fast(x, next(policies)),
+        "masked, eager": under(policies, eager("masked"), x),
+        "ours, eager": under(policies, eager("sparse"), x),
+        "ours, deployed": under(policies, fast, x),
     }
     if fast_policy is not None:
-        calls["ours, deployed, with policy net"] = with_policy_net
+        calls["ours, deployed, with policy net"] = under(policies, fast, x, fast_policy)
     if not args.no_compile:
         compiled = torch.compile(Plain(resnet))
 
@@ -153,20 +149,20 @@ def contenders(resnet, policy_net, x, policy, precision, args) -> tuple[dict, to
         session = onnx_session(resnet, x)
         if session:
             calls["full, ONNX Runtime"] = session
-    return calls, policy
+    return calls
 
 
-def rows_of(resnet, policy_net, config, policy_source, x, precision, args) -> list[dict]:
+def rows_of(resnet, policy_net, config, policies, x, precision, args) -> list[dict]:
     """Time one batch in one precision; one row a contender."""
     if config.gated:
-        calls, policy = gated_contenders(resnet, x, policy_source, precision)
+        calls = gated_contenders(resnet, x, policies, precision)
     else:
-        calls, policy = contenders(resnet, policy_net, x, policy_source, precision, args)
+        calls = contenders(resnet, policy_net, x, policies, precision, args)
     seconds = interleaved(calls, args.repeats, args.budget)
     size = (3, config.image_size, config.image_size)
     fixed, per_block = utils.block_flops(resnet.resnet if config.gated else resnet, size)
     full = fixed + per_block.sum().item()
-    kept = fixed + (policy.cpu().double() @ per_block).mean().item()
+    kept = fixed + (policies.cpu().double() @ per_block).mean().item()
     decision = decision_flops(resnet, policy_net, size)
     best_full = min(s for name, s in seconds.items() if name.startswith("full"))
     gflops = conv_gflops(len(x), DTYPES[precision], x.device)
@@ -206,6 +202,8 @@ def main() -> None:
         args.batch_size = max(args.batch_sizes)
         _, test = engine.data.load(config, args, device, training=False)
         images, _, _ = next(iter(test.epoch(0)))
+        with torch.no_grad():
+            pool = trained.run(images)[1]
     for network in filter(None, (resnet, policy_net)):
         engine.device.place(network, device).eval()
     facts = machine()
@@ -216,13 +214,15 @@ def main() -> None:
         for batch in args.batch_sizes:
             if args.load:
                 x = images[:batch]
-                policy = trained.static.expand(len(x), -1) if trained.is_static else None
+                drawn = torch.randint(len(pool), (DRAWS, len(x)), device=device)
+                policies = pool[drawn]
             else:
                 x = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
                 x = x.contiguous(memory_format=torch.channels_last)
-                policy = random_policies(batch, config.num_blocks, args.keep, device)
+                policies = random_policies(DRAWS * batch, config.num_blocks, args.keep, device)
+                policies = policies.unflatten(0, (DRAWS, batch))
             torch.compiler.reset()
-            rows += rows_of(resnet, policy_net, config, policy, x, precision, args)
+            rows += rows_of(resnet, policy_net, config, policies, x, precision, args)
             print(file=sys.stderr, end=".", flush=True)
     header = [
         "precision", "batch", "contender", "ms", "speed-up over the same full", "FLOP ratio",

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -100,13 +100,19 @@ def random_policies(batch: int, num_blocks: int, keep: int, device: torch.device
     return (order < keep).float()
 
 
-def redrawn(policy: Tensor) -> Iterator[Tensor]:
-    """A batch's policies (B, K) without end, each time B of them drawn with replacement.
+def under(policies: Tensor, run: Callable, x: Tensor, decide: Callable | None = None) -> Callable:
+    """A call without arguments that runs a batch x under the next of the policies (D, B, K).
 
-    Were they the same each time, no call would meet a batch size that kernels are not made for yet.
+    Before it does so it calls `decide`, if given, on x. After the last policies the first follow.
     """
-    draws = torch.randint(len(policy), (64, len(policy)), device=policy.device)
-    return cycle([policy[rows] for rows in draws])
+    coming = cycle(policies)
+
+    def call():
+        if decide is not None:
+            decide(x)
+        return run(x, next(coming))
+
+    return call
 
 
 def write(content: dict, path: Path) -> None:

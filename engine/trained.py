@@ -17,7 +17,8 @@ from models import Config
 from . import device, options, weights
 from .process import UserError
 
-WARM_UP_SECONDS, TIMED_SECONDS, TIMED_PASSES = 10.0, 30.0, 5  # of --time
+# of --time; so many batches are timed however long they take
+WARM_UP_SECONDS, TIMED_SECONDS, TIMED_PASSES, TIMED_BATCHES = 10.0, 30.0, 5, 5
 
 
 def decision_flops(resnet: nn.Module, policy_net: nn.Module | None, input_size) -> int:
@@ -144,32 +145,36 @@ class TrainedModel:
     def time(self, test, batch_size: int) -> dict[str, float]:
         """Medians over batches: milliseconds an image, and the speed-up over the full ResNet.
 
-        Both run deployed, in turn on the same images. A pass that is not timed comes first: kernels
-        are made anew for each size that occurs.
+        Both run deployed, in turn on the same images. A pass that is not timed comes first, or ten
+        seconds of one: kernels are made anew for each size that occurs.
         """
         ours, full = self.deployed()
         size = min(batch_size, test.num_images)
         for images in whole_batches(test, size, 1, WARM_UP_SECONDS):
             ours(images), full(images)
         seconds, full_seconds = [], []
-        for images in whole_batches(test, size, TIMED_PASSES, TIMED_SECONDS):
+        for images in whole_batches(test, size, TIMED_PASSES, TIMED_SECONDS, TIMED_BATCHES):
             seconds.append(device.timed(partial(ours, images), images.device))
             full_seconds.append(device.timed(partial(full, images), images.device))
         ratios = [b / a for a, b in zip(seconds, full_seconds, strict=True)]
         return {
-            "batch_size": batch_size,
+            "batch_size": size,
             "ms_per_image": statistics.median(seconds) / size * 1e3,
+            "full_ms_per_image": statistics.median(full_seconds) / size * 1e3,
             "speed_up": statistics.median(ratios),
         }
 
 
-def whole_batches(test, size: int, passes: int, seconds: float) -> Iterator[Tensor]:
-    """Images of the batches of this size, for so many passes or seconds, whichever end first."""
-    start = time.perf_counter()
+def whole_batches(
+    test, size: int, passes: int, seconds: float = float("inf"), least: int = 1
+) -> Iterator[Tensor]:
+    """Images of the batches of this size, for so many passes, or so many seconds and batches."""
+    start, count = time.perf_counter(), 0
     for _ in range(passes):
         for images, _, _ in test.epoch(0):
             if len(images) < size:
                 break
             yield images
-            if time.perf_counter() - start > seconds:
+            count += 1
+            if count >= least and time.perf_counter() - start > seconds:
                 return

@@ -146,9 +146,10 @@ class Block:
     def run_part(self, x: Tensor, shortcut: Tensor) -> None:
         """`run` on a part of a batch, whose size may not come again; see TILE."""
         rest = len(x) % TILE if self.convs[0].onednn and len(x) > 2 * TILE else 0
-        sizes = [len(x) - rest, rest] if rest else [len(x)]
-        for piece, written in zip(x.split(sizes), shortcut.split(sizes), strict=True):
-            self.run(piece, written)
+        if rest:
+            self.run(x[:-rest], shortcut[:-rest])
+            x, shortcut = x[-rest:], shortcut[-rest:]
+        self.run(x, shortcut)
 
     def full(self, x: Tensor) -> Tensor:
         return self.run(x, x if self.is_identity else self.shortcut(x))

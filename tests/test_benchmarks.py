@@ -1,9 +1,9 @@
 """benchmarks/ and what carries a data set to a GPU, as far as a CPU can tell."""
 
+import argparse
 import json
 import subprocess
 import sys
-from itertools import repeat
 
 import pytest
 import torch
@@ -11,8 +11,9 @@ from conftest import script_module
 from test_graphs import remember
 from test_models import random_norms
 
+import engine
 import models
-from engine import UserError
+from engine import UserError, trained
 from engine.checkpoint import ROOT
 
 
@@ -31,25 +32,102 @@ def test_contenders_that_only_a_gpu_has_give_the_same_logits(graphs):
         x = torch.randn(batch, 3, 32, 32, dtype=torch.float64)
         policy = (torch.rand(batch, 6) < 0.5).double()
         expected = {"full": resnet(x).detach(), "ours": resnet(x, policy).detach()}
-        for name, call in graphs.contenders(*twins, x, repeat(policy), remember).items():
+        for name, call in graphs.contenders(*twins, x, policy[None], remember).items():
             torch.testing.assert_close(call(), expected[name[:4]])
             names.add(name)
     assert len(names) == 5
 
 
-def test_checkpoints_are_timed_in_turn(run, common, base_file, stage_1, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+@pytest.fixture
+def inference(graphs):
+    return script_module("benchmarks/inference")
+
+
+def test_contenders_run_under_one_policy_after_the_other(inference, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(models.deployment, "CPU_CHUNK", 4)
+    monkeypatch.setitem(inference.DTYPES, "fp32", torch.float64)
+    x, policies = torch.randn(10, 3, 32, 32, dtype=torch.float64), torch.rand(2, 10, 6) < 0.5
+    resnet, policy_net = map(random_norms, models.build("R14_C10"))
+    args = argparse.Namespace(no_compile=True)
+    calls = inference.contenders(resnet, policy_net, x, policies.double(), "fp32", args)
+    gated, _ = models.build("AIG14_C10")
+    gated_calls = inference.gated_contenders(random_norms(gated), x, policies.double(), "fp32")
+    for policy in (*policies, policies[0]):
+        for name, call in calls.items():
+            expected = resnet(x, policy.double() if name.startswith(("ours", "masked")) else None)
+            torch.testing.assert_close(call(), expected.detach())
+        _, gates = gated_calls["ours, deployed, with gates"]()
+        assert torch.equal(gates.bool(), policy)
+    assert len(calls) >= 6
+
+
+class Five:
+    """Five images, in batches of two."""
+
+    num_images = 5
+
+    def epoch(self, _):
+        return ((torch.zeros(size), None, None) for size in (2, 2, 1))
+
+
+def test_times_are_medians_of_whole_batches_after_the_first_pass(graphs, monkeypatch):
+    """Here a call returns the seconds that it took."""
+    module = script_module("benchmarks/checkpoints")
+    monkeypatch.setattr(module, "timed", lambda call: call())
+    monkeypatch.setattr(trained.device, "timed", lambda call, _: call())
+    monkeypatch.setattr(trained, "TIMED_PASSES", 2)
+
+    def taking(*seconds):
+        coming = iter((70, 80, *seconds))
+        return lambda images: next(coming)
+
+    rows = [
+        argparse.Namespace(name=name, call=taking(*seconds), test=Five())
+        for name, seconds in {"full": (9, 8, 6, 8), "ours": (3, 2, 1, 4)}.items()
+    ]
+    found = module.measure(rows, size=2, passes=2)
+    full = {"name": "full", "ms_per_image": 4000, "speed_up": 1, "batches": 4}
+    assert found == [full, {"name": "ours", "ms_per_image": 1250, "speed_up": 3.5, "batches": 4}]
+    model = trained.TrainedModel.__new__(trained.TrainedModel)
+    model.deployed = lambda: (taking(3, 2, 1, 4), taking(9, 8, 6, 8))
+    assert model.time(Five(), 2) == {
+        "batch_size": 2, "ms_per_image": 1250, "full_ms_per_image": 4000, "speed_up": 3.5,
+    }  # fmt: skip
+
+
+def test_so_many_batches_are_timed_however_long_they_take():
+    assert len(list(trained.whole_batches(Five(), 2, 9, seconds=0))) == 1
+    assert len(list(trained.whole_batches(Five(), 2, 9, seconds=0, least=5))) == 5
+    assert len(list(trained.whole_batches(Five(), 2, 2, seconds=0, least=5))) == 4
+    assert len(list(trained.whole_batches(Five(), 2, 3))) == 6
+
+
+def test_checkpoints_are_timed_in_turn(run, common, base_file, stage_1, tmp_path, graphs):
     base = f"--base '{base_file}'"
     rows = [f"full={base}", f"stage 1={base} --load '{stage_1}'", f"2={base} --policy first:2"]
     options = ["--batch_size", 16, "--passes", 3, "--json", tmp_path / "out.json"]
     status, out, err = run("benchmarks/checkpoints", *common, *rows, *options)
     assert status == 0, err
-    full, *others = found = json.loads((tmp_path / "out.json").read_text())["rows"]
+    found = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["name"] for row in found] == ["full", "stage 1", "2"]
-    assert {row["batches"] for row in found} == {6} and full["speed_up"] == 1
-    assert all(f"| {row['ms_per_image']:.3f}" in out for row in others)
-    status, _, err = run("benchmarks/checkpoints", *common, "full")
-    assert status == 2 and "full: expected NAME=OPTIONS" in err
+    assert all(row["batches"] == 6 and f"| {row['ms_per_image']:.3f}" in out for row in found)
+
+
+@pytest.mark.parametrize("rows, words", [
+    (["full"], "full: expected NAME=OPTIONS"),
+    (["a=--load 'x"], "a=--load 'x: No closing quotation"),
+    (["a=--time"], "unrecognized arguments: --time"),
+    (["a=--base {base}", "a=--base {base}"], "two rows have the same name"),
+    (["a=--base {base}", "b=--model R8_C100"], "rows of different data sets"),
+])  # fmt: skip
+def test_rows_that_would_mean_nothing_are_refused(
+    run, common, base_file, graphs, rows, words, monkeypatch
+):
+    monkeypatch.setattr(engine.weights, "load_base", lambda *given: None)
+    rows = [row.format(base=base_file) for row in rows]
+    status, _, err = run("benchmarks/checkpoints", *common, *rows)
+    assert status == 2 and words in err and err.count("\n") == 1
 
 
 @pytest.fixture
