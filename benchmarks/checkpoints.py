@@ -10,7 +10,6 @@ decides, and the speed-up over the first row is the median of the batches' ratio
 import copy
 import json
 import shlex
-import statistics
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from measure import machine, table, timed, write
 
 import engine
 from engine import UserError, options
-from engine.trained import TrainedModel, whole_batches
+from engine.trained import TrainedModel, speed, whole_batches
 
 
 def parse_args():
@@ -72,12 +71,7 @@ def measure(rows: list[Row], size: int, passes: int) -> list[dict]:
             if done >= rows[0].test.num_images // size:
                 found.append(spent)
     return [
-        {
-            "name": row.name,
-            "ms_per_image": statistics.median(found) / size * 1e3,
-            "speed_up": statistics.median(a / b for a, b in zip(seconds[0], found, strict=True)),
-            "batches": len(found),
-        }
+        {"name": row.name, "batches": len(found), **speed(found, seconds[0], size)}
         for row, found in zip(rows, seconds, strict=True)
     ]
 

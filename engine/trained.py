@@ -156,13 +156,23 @@ class TrainedModel:
         for images in whole_batches(test, size, TIMED_PASSES, TIMED_SECONDS, TIMED_BATCHES):
             seconds.append(device.timed(partial(ours, images), images.device))
             full_seconds.append(device.timed(partial(full, images), images.device))
-        ratios = [b / a for a, b in zip(seconds, full_seconds, strict=True)]
+        full_speed = speed(full_seconds, full_seconds, size)
         return {
             "batch_size": size,
-            "ms_per_image": statistics.median(seconds) / size * 1e3,
-            "full_ms_per_image": statistics.median(full_seconds) / size * 1e3,
-            "speed_up": statistics.median(ratios),
+            "full_ms_per_image": full_speed["ms_per_image"],
+            **speed(seconds, full_seconds, size),
         }
+
+
+def speed(seconds: list[float], reference: list[float], size: int) -> dict[str, float]:
+    """Medians over batches of this size: milliseconds an image, speed-up over a reference.
+
+    seconds, reference: what each batch took, the same batches in both.
+    """
+    return {
+        "ms_per_image": statistics.median(seconds) / size * 1e3,
+        "speed_up": statistics.median(b / a for a, b in zip(seconds, reference, strict=True)),
+    }
 
 
 def whole_batches(
