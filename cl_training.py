@@ -192,7 +192,6 @@ def main() -> None:
             run.note(f"--warm_start chooses how many first blocks of each stage to keep: {shown}")
 
         for epoch in run.epochs():
-            now = schedule.at(args, epoch)
             schedule.scale_lr(optimizer, schedule.lr_factor(args, epoch - 1))
             is_warm = epoch <= args.warm_start
             cl_epoch = epoch - args.warm_start
@@ -200,16 +199,16 @@ def main() -> None:
             cl_step = config.num_blocks if is_warm else cl_step
             mask = utils.curriculum_mask(config.num_blocks, cl_step, run.device)
             policy_net.train()
-            step = partial(train_step, learner, resnet, mask=mask, args=now)
+            step = partial(train_step, learner, resnet, mask=mask, args=args)
             if is_warm:
                 step = partial(
-                    warm_step, learner, resnet, candidates=correctness.candidates, args=now
+                    warm_step, learner, resnet, candidates=correctness.candidates, args=args
                 )
             results = run.train_epoch(step, [optimizer], train)
             run.logs.policies("train", *utils.performance_stats(*results.of_policies()))
             if run.tests(epoch):
                 policy_net.eval()
-                step = partial(test_step, models.decider(policy_net), resnet, mask=mask, args=now)
+                step = partial(test_step, models.decider(policy_net), resnet, mask=mask, args=args)
                 results = run.evaluate(step, test)
                 run.logs.policies("test", *utils.performance_stats(*results.of_policies()))
                 run.logs.kept(results["policy"], results["label"])

@@ -1,7 +1,6 @@
 """Stage 2: finetune the policy network and the ResNet together, starting from stage 1.
 
-With --freeze_policy, --penalties or, for the paper's static baselines, --policy the ResNet learns
-alone.
+With --penalties or, for the paper's static baselines, --policy the ResNet learns alone.
 """
 
 from functools import partial
@@ -37,11 +36,6 @@ def parse_args():
         help="weight of learning the classes from the full base ResNet, out of 1 with the labels",
     )
     add(
-        "--freeze_policy",
-        action="store_true",
-        help="train the ResNet alone, under the most probable policies of --pretrained",
-    )
-    add(
         "--penalties",
         nargs=2,
         type=options.negative,
@@ -51,24 +45,14 @@ def parse_args():
         "by --distill from the full pass",
     )
     add("--temperature", type=options.positive, default=2.0, help="of the softmax in distillation")
-    add(
-        "--recalibrate",
-        action="store_true",
-        help="before an evaluation, take BatchNorm's statistics anew, over the training images "
-        "under their most probable policies",
-    )
     args = parser.parse_args()
     args.policy = options.with_seed(args.policy, args.seed)
     if not (args.pretrained or args.load or args.policy):
         raise UserError("stage 2 starts from a stage-1 checkpoint: name one with --pretrained")
     if args.pretrained and args.policy:
         raise UserError("--policy takes no policy network: leave --pretrained out")
-    if args.freeze_policy and args.policy:
-        raise UserError("--policy takes no policy network: leave --freeze_policy out")
-    if args.penalties and (args.policy or args.freeze_policy):
-        raise UserError(
-            "--penalties has policies of its own: leave --policy and --freeze_policy out"
-        )
+    if args.penalties and args.policy:
+        raise UserError("--penalties has policies of its own: leave --policy out")
     return args
 
 
@@ -201,7 +185,7 @@ def main() -> None:
             run.track("correctness", correctness)
             policy_net = models.PolicyAtPenalty(policy_net, correctness, args.penalty)
         decide = models.decider(policy_net, static)
-        policy_learns = static is None and not (args.freeze_policy or args.penalties)
+        policy_learns = static is None and not args.penalties
         if args.penalties:
             step = partial(penalties_train_step, policy_net, run.wrap(resnet))
         elif policy_learns:
@@ -220,19 +204,16 @@ def main() -> None:
         optimizers = list(optimizers.values())
 
         for epoch in run.epochs():
-            now = schedule.at(args, epoch)
             for optimizer in optimizers:
                 schedule.scale_lr(optimizer, schedule.lr_factor(args, epoch - 1))
             resnet.train(), policy_net.train(policy_learns)
-            results = run.train_epoch(partial(step, args=now), optimizers, train)
+            results = run.train_epoch(partial(step, args=args), optimizers, train)
             run.logs.policies("train", *utils.performance_stats(*results.of_policies()))
             if run.tests(epoch):
                 resnet.eval(), policy_net.eval()
                 if args.penalties:
-                    policy_net.penalty = now.penalty
-                if args.recalibrate:
-                    run.recalibrate(lambda x: resnet(x, decide(x)), resnet, train)
-                results = run.evaluate(partial(test_step, decide, resnet, args=now), test)
+                    policy_net.penalty = args.penalty
+                results = run.evaluate(partial(test_step, decide, resnet, args=args), test)
                 run.logs.policies("test", *utils.performance_stats(*results.of_policies()))
                 run.logs.kept(results["policy"], results["label"])
                 if static is None:

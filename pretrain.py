@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import engine
 import models
 import utils
-from engine import Shard, UserError, options, schedule, weights
+from engine import Shard, options, schedule, weights
 
 
 def parse_args():
@@ -26,13 +26,6 @@ def parse_args():
     add("--label_smoothing", type=options.fraction, default=0.05, help="of the cross entropy")
     add("--clip_norm", type=options.positive, default=5.0, help="largest gradient norm of a step")
     add(
-        "--block_drop",
-        type=options.fraction,
-        default=0.0,
-        help="stochastic depth: probability to drop the last block, falling linearly towards the "
-        "first; makes a base that tolerates missing blocks",
-    )
-    add(
         "--routes",
         action="store_true",
         help="beside each full pass one under a random policy, which learns from the full one as "
@@ -47,21 +40,7 @@ def parse_args():
     )
     add("--temperature", type=options.positive, default=2.0, help="of the softmax in distillation")
     parser.set_defaults(schedule="cosine")
-    args = parser.parse_args()
-    if args.routes and args.block_drop:
-        raise UserError("--routes has a full pass: leave --block_drop out")
-    return args
-
-
-def drop_blocks(noise: Tensor, last: float) -> Tensor:
-    """Policies of stochastic depth (Huang et al. 2016), P(drop block k) = last * k / K.
-
-    noise: (B, K), uniform in [0, 1). Returns its shape.
-    """
-    # not torchvision's StochasticDepth, which computes what it drops and scales up what it keeps
-    num_blocks = noise.shape[1]
-    drop = torch.arange(1, num_blocks + 1, device=noise.device) / num_blocks * last
-    return (noise >= drop).float()
+    return parser.parse_args()
 
 
 def full_and_route(
@@ -119,9 +98,6 @@ def main() -> None:
             policy = None
             if args.routes:
                 policy = full_and_route(shard, config.stages, args.route_flip, run.device)
-            elif args.block_drop:
-                noise = shard.noise(config.num_blocks, device=run.device)
-                policy = drop_blocks(noise, args.block_drop)
             logits = learner(images, policy)
             logits, routed = logits if args.routes else (logits, None)
             losses = F.cross_entropy(

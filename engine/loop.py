@@ -10,7 +10,6 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from . import ranks
@@ -207,51 +206,3 @@ def correct_under(
             with autocast(images.device, precision):
                 outcome.add(correct=resnet(images, policy).argmax(1) == labels)
     return outcome["correct"]
-
-
-@torch.no_grad()
-def recalibrate(
-    forward: Callable[[Tensor], object],
-    network: nn.Module,
-    loader: Loader,
-    epoch: int,
-    precision: str,
-) -> None:
-    """Take BatchNorm's running statistics of a network anew, as means over an epoch's batches.
-
-    forward(images) runs the network, which comes back in evaluation mode. A BatchNorm that saw no
-    image keeps what it had.
-    """
-    # not torch's update_bn, which knows neither policies, nor ranks, nor a stop in its midst
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    before = [(n, n.momentum, {k: b.clone() for k, b in n.named_buffers()}) for n in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative mean
-    network.train()
-    try:
-        outcome = Results(loader, epoch, "recalibrating")
-        for images, _, _ in outcome:
-            with autocast(images.device, precision):
-                forward(images)
-    except BaseException:  # a stop saves the network, which has to be as it was
-        for norm, _, buffers in before:
-            restore(norm, buffers)
-        raise
-    finally:
-        network.eval()
-        for norm, momentum, _ in before:
-            norm.momentum = momentum
-    seen = ranks.total(torch.stack([norm.num_batches_tracked for norm in norms]).double())
-    for (norm, _, buffers), batches in zip(before, seen.tolist(), strict=True):
-        if batches == 0:
-            restore(norm, buffers)
-        elif ranks.world() > 1:
-            share = norm.num_batches_tracked.double() / batches
-            norm.running_mean.copy_(ranks.total(norm.running_mean * share))
-            norm.running_var.copy_(ranks.total(norm.running_var * share))
-
-
-def restore(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    for name, buffer in module.named_buffers():
-        buffer.copy_(buffers[name])

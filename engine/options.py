@@ -192,4 +192,3 @@ def add_policy_stage(options: Parser, epoch_step: int, penalty: float) -> None:
         help="compute blocks for the images that keep them, or for all and mask, as released",
     )
     add("--alpha", type=alpha, default=0.8, help="keeps probabilities within [1 - alpha, alpha]")
-    add("--alpha_end", type=alpha, help="alpha moves there in a line until the last epoch")

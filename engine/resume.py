@@ -30,6 +30,14 @@ FREE_OPTIONS = {
 
 TOLD_OPTIONS = {"precision", "micro_batch"}  # those of them that change what is learned
 
+# options that there are no more, and how they stood where they were not used
+REMOVED_OPTIONS = {
+    "block_drop": 0.0,
+    "freeze_policy": False,
+    "recalibrate": False,
+    "alpha_end": None,
+}
+
 
 def stage_of(content: Mapping[str, Any]) -> int:
     """Which stage wrote a checkpoint; the released code's are told by what they hold."""
@@ -80,6 +88,12 @@ def differences(
 
 def check_options(loaded: Mapping[str, Any], args: argparse.Namespace, cv_dir: Path) -> None:
     """Refuse other options than those that the run in this directory began with."""
+    for name, unused in REMOVED_OPTIONS.items():
+        if loaded.get("args", {}).get(name, unused) != unused:
+            raise UserError(
+                f"{cv_dir} was begun with --{name}, which there is no more: go on without it in a "
+                "new --cv_dir with --load"
+            )
     for name, before, now in changes(loaded, args):
         raise UserError(
             f"{cv_dir} was begun with --{name} {before}, not {now}: go on with that, or change it "

@@ -5,7 +5,7 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -262,12 +262,6 @@ class Run:
         }
         shown = " | ".join(f"{name}: {value:.3f}" for name, value in figures.items())
         self.logs.line(shown, "test", begin="DEALT", **figures)
-
-    def recalibrate(
-        self, forward: Callable[[torch.Tensor], object], network: nn.Module, loader: Loader
-    ) -> None:
-        """Statistics of this epoch's training images; see `engine.loop.recalibrate`."""
-        loop.recalibrate(forward, network, loader, self.logs.metrics["epoch"], self.args.precision)
 
     def tests(self, epoch: int) -> bool:
         """Whether this epoch ends with an evaluation: every so often, and always the last."""

@@ -26,15 +26,6 @@ def lr_factor(args: argparse.Namespace, epochs_done: float) -> float:
     return args.lr_decay_ratio ** (epochs_done // args.epoch_step)
 
 
-def at(args: argparse.Namespace, epoch: int) -> argparse.Namespace:
-    """The options as they hold in an epoch: alpha moves to `alpha_end` in a line."""
-    now = argparse.Namespace(**vars(args))
-    if args.alpha_end is not None:
-        progress = (epoch - 1) / max(args.max_epochs - 1, 1)
-        now.alpha += (args.alpha_end - args.alpha) * progress
-    return now
-
-
 def sgd(network: nn.Module, lr: float, wd: float) -> optim.SGD:
     """SGD with Nesterov momentum; weight decay on convolution and linear weights only."""
     decayed = [p for p in network.parameters() if p.ndim > 1]

@@ -13,12 +13,12 @@ if [ ! -d "$PICTURES" ]; then
 fi
 GIVEN="--data_dir $PICTURES --image_size 64"
 
-stage base pretrain $GIVEN --from_scratch --max_epochs 12 --batch_size 64 --lr 0.05 --block_drop 0.2
+stage base pretrain $GIVEN --from_scratch --max_epochs 12 --batch_size 64 --lr 0.05 --routes
 BASE=$OUT/base
 stage stage1 cl_training $GIVEN --base "$BASE" --policy_init none --max_epochs 10 \
-    --batch_size 64 --alpha_end 0.95 --schedule cosine
+    --batch_size 64 --alpha 0.95 --schedule cosine
 stage stage2 finetune $GIVEN --base "$BASE" --pretrained "$OUT/stage1/last.t7" --max_epochs 4 \
-    --batch_size 64 --resnet_lr 0.005 --schedule cosine --recalibrate
+    --batch_size 64 --resnet_lr 0.005 --schedule cosine
 
 stages $GIVEN --batch_size 100
 table

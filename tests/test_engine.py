@@ -22,7 +22,7 @@ from engine.data import TensorLoader
 def settings(**given):
     plain = {"schedule": "step", "lr_decay_ratio": 0.1, "epoch_step": 3, "max_epochs": 5}
     plain |= {"lr_steps": None, "warmup": 0.0}
-    return Namespace(**plain | {"alpha": 0.8, "alpha_end": None, "penalty": -2.0} | given)
+    return Namespace(**plain | {"alpha": 0.8, "penalty": -2.0} | given)
 
 
 def test_learning_rates_step_as_released():
@@ -46,14 +46,6 @@ def test_learning_rates_step_after_named_epochs():
     assert factors == pytest.approx([1, 1, 0.1, 0.01, 0.01])
 
 
-def test_alpha_moves_to_its_end_in_a_line():
-    args = settings(alpha_end=1.0)
-    moved = [schedule.at(args, epoch) for epoch in range(1, 6)]
-    assert [now.alpha for now in moved] == pytest.approx([0.8, 0.85, 0.9, 0.95, 1.0])
-    assert args.alpha == 0.8 and schedule.at(settings(), 4).alpha == 0.8
-    assert schedule.at(settings(max_epochs=1, alpha_end=0.9), 1).alpha == 0.8
-
-
 def test_only_weights_decay_and_rates_scale_from_the_first():
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
     optimizer = schedule.sgd(network, lr=0.2, wd=0.3)
@@ -63,34 +55,6 @@ def test_only_weights_decay_and_rates_scale_from_the_first():
     for factor in (0.5, 0.1):
         schedule.scale_lr(optimizer, factor)
         assert all(g["lr"] == pytest.approx(0.2 * factor) for g in optimizer.param_groups)
-
-
-class Batches:
-    """A loader of given batches."""
-
-    def __init__(self, *batches):
-        self.batches = batches
-        self.num_images = sum(map(len, batches))
-        self.batch_size = max(map(len, batches))
-
-    def epoch(self, epoch, skip=0):
-        return iter([(batch, torch.zeros(len(batch)), None) for batch in self.batches])
-
-
-def test_recalibration_takes_the_mean_of_the_batches_statistics():
-    torch.manual_seed(0)
-    used, unused = nn.BatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
-    unused.running_mean.fill_(7)
-    network = nn.ModuleList([used, unused])
-    batches = [torch.randn(5, 3, 2, 2, dtype=torch.float64) + shift for shift in (0, 1, 4)]
-    used(batches[2] * 9)  # what was there before is forgotten
-    loop.recalibrate(used, network, Batches(*batches), 1, "fp32")
-    means = torch.stack([b.mean((0, 2, 3)) for b in batches])
-    variances = torch.stack([b.transpose(0, 1).flatten(1).var(1) for b in batches])
-    torch.testing.assert_close(used.running_mean, means.mean(0))
-    torch.testing.assert_close(used.running_var, variances.mean(0))
-    assert unused.running_mean.eq(7).all() and unused.running_var.eq(1).all()
-    assert used.momentum == 0.1 and not network.training
 
 
 def test_what_ranks_exchange_is_no_larger_than_what_they_found(monkeypatch):
@@ -116,21 +80,6 @@ def test_the_bar_counts_images_also_those_of_an_earlier_run(monkeypatch):
         results.add(loss=torch.zeros(1))  # of one image a batch, as in the warm start
         counts.append(results.bar.n)
     assert [*counts, results.bar.n] == [4, 8, 10]
-
-
-def test_an_interrupted_recalibration_leaves_the_statistics_as_they_were():
-    norm = nn.BatchNorm2d(3)
-    norm(torch.randn(5, 3, 2, 2))
-    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
-
-    def forward(images):
-        norm(images)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        loop.recalibrate(forward, norm, Batches(torch.randn(5, 3, 2, 2)), 1, "fp32")
-    assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
-    assert norm.momentum == 0.1 and not norm.training
 
 
 def test_a_stop_waits_for_a_step_and_for_a_file():

@@ -112,8 +112,8 @@ def test_options_that_would_do_nothing_are_refused(run, common, base_file, stage
     load = ["--base", base_file, "--load", stage_1]
     refused(run("test", *common, *load, "--sample_gates"), "ConvNet-AIG: R14_C10 has no gates")
     refused(run("visualize", *common, *load, "--penalty", -2), "no checkpoint of --load can")
-    chosen = ["--penalties", -0.5, -50, "--pretrained", stage_1]
-    refused(run("finetune", *common, *chosen, "--freeze_policy"), "policies of its own")
+    chosen = ["--penalties", -0.5, -50, "--policy", "first:2"]
+    refused(run("finetune", *common, *chosen), "policies of its own")
 
 
 def test_a_policy_stays_as_the_run_began(run, common, base_file, stage_1, tmp_path):

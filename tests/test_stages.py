@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, metrics, named, options_of, refused, script_module, write_base
-from faults import same
 
 import models
 import utils
@@ -120,27 +119,10 @@ def test_the_resnet_is_frozen_in_stage_1_and_learns_in_stage_2(
     assert start["base"] == content["base"]
 
 
-def test_a_frozen_policy_stays_and_the_resnet_learns_under_it(
-    run, common, base_file, stage_1, tmp_path
-):
-    options = options_of("finetune", common, base_file, stage_1)
-    status, out, err = run("finetune", *options, "--cv_dir", tmp_path, "--max_epochs", 1,
-                           "--freeze_policy", "--resnet_lr", 0.1)  # fmt: skip
-    assert status == 0, err
-    base = checkpoint.read(base_file)["state_dict"]
-    content = checkpoint.read(tmp_path)
-    assert same(content["agent"], checkpoint.read(named(stage_1)[0])["agent"])
-    assert not torch.equal(content["resnet"]["conv1.weight"], base["conv1.weight"])
-    assert "optimizer" not in content  # Adam would have nothing to do
-    status, out, err = run("test", *common, "--load", tmp_path)
-    assert status == 0 and f"Block Usage: {metrics(tmp_path)[0]['test_sparsity']:.3f}" in out, err
-    refused(run("finetune", *common, "--policy", "first:2", "--freeze_policy"), "--freeze_policy")
-
-
 def test_pretrain_learns_and_its_file_is_a_base(run, common, tmp_path):
     status, out, err = run(
         "pretrain", *common, "--cv_dir", tmp_path / "base", "--max_epochs", 12,
-        "--batch_size", 20, "--lr", 0.05, "--test_every", 100, "--block_drop", 0.2,
+        "--batch_size", 20, "--lr", 0.05, "--test_every", 100,
     )  # fmt: skip
     assert status == 0, err
     (saved,) = (tmp_path / "base").glob("pk_E_12_A_*.t7")
@@ -423,7 +405,6 @@ def test_pretrain_under_routes_by_hand(run, common, tmp_path, monkeypatch):
 def test_a_base_that_serves_routes_is_trained(run, common, tmp_path):
     options = [*common, "--cv_dir", tmp_path / "base", "--max_epochs", 12, "--batch_size", 20]
     options += ["--lr", 0.05, "--test_every", 100]
-    refused(run("pretrain", *options, "--routes", "--block_drop", 0.2), "leave --block_drop out")
     status, out, err = run("pretrain", *options, "--routes")
     assert status == 0, err
     (saved,) = (tmp_path / "base").glob("pk_E_12_A_*.t7")

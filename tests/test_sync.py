@@ -181,15 +181,13 @@ GATES = {"execution.py:open_rows nonzero": 6}  # one a block of AIG14
 
 STEPS = {
     "stage 0": (["pretrain"], {}, {}),
-    "stage 0, block drop": (["pretrain", "--block_drop", 0.5], COUNTS, {}),
     "stage 0, routes": (["pretrain", "--routes"], COUNTS, {}),
     "stage 1": (["cl_training"], COUNTS, COUNTS),
     "stage 1, masked": (["cl_training", "--execution", "masked"], COUNTS, {}),
     "stage 1, warm start": (["cl_training", "--warm_start", 1], COUNTS, COUNTS),
     "stage 2": (["finetune"], TWICE, COUNTS),
     "stage 2, masked": (["finetune", "--execution", "masked"], {}, {}),
-    "stage 2, frozen policy": (["finetune", "--freeze_policy", "--distill", 0.5], COUNTS, COUNTS),
-    "stage 2, static policy": (["finetune", "--policy", "first:3"], COUNTS, COUNTS),
+    "stage 2, static": (["finetune", "--policy", "first:3", "--distill", 0.5], COUNTS, COUNTS),
     "stage 2, penalties": (["finetune", "--penalties", -1, -9, "--distill", 0.5], COUNTS, COUNTS),
     "ConvNet-AIG": (["aig_training"], {}, GATES),
 }
