@@ -86,9 +86,10 @@ def train_step(net, images: Tensor, labels: Tensor, shard: Shard, targets: Tenso
     """Part of a batch's cross entropy, and how far its execution rates are from their targets."""
     logits, executed = net(images)
     losses = F.cross_entropy(logits, labels, reduction="none")
-    # over all ranks; a micro-batch keeps to its own rates
-    share = torch.full((), shard.share, device=images.device)
-    rates = ranks.total(share * executed.mean(0)) / ranks.total(share)
+    rates = executed.mean(0)
+    if shard.world > 1:  # over all ranks; a micro-batch keeps to its own rates
+        share = torch.full((), shard.share, device=images.device)
+        rates = ranks.total(share * rates) / ranks.total(share)
     loss = losses.mean() + args.loss_factor * utils.target_rate_loss(rates, targets)
     return shard.share * loss, {
         "policy": executed,
@@ -141,15 +142,17 @@ def main() -> None:
         targets = targets.to(run.device)
         learner = run.wrap(net)
         optimizer = make_optimizer(net, args)
-        run.track("state_dict", net)
-        run.track("optimizer", optimizer)
+        run.restore(state_dict=net, optimizer=optimizer)
 
         for epoch in run.epochs():
             # the rate that an epoch has in its middle
             schedule.scale_lr(optimizer, schedule.lr_factor(args, epoch - 0.5))
             net.train()
-            step = partial(train_step, learner, targets=targets, args=args)
-            log(run, "train", run.train_epoch(step, [optimizer], train))
+            for images, labels, shard in run.batches(train):
+                with run.autocast():
+                    loss, outcome = train_step(learner, images, labels, shard, targets, args)
+                run.step(loss, outcome)
+            log(run, "train", run.results)
             if run.tests(epoch):
                 net.eval()
                 log(run, "test", run.evaluate(partial(test_step, net), test))

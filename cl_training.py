@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import engine
 import models
 import utils
+from deploy import deploy
 from engine import Shard, UserError, options, schedule, weights
 
 TABLE_EVERY = 8  # images a candidate table is computed for one of: the head has few weights
@@ -49,7 +50,7 @@ def parse_args():
 
 def start_policy(
     policy_net: models.PolicyNet,
-    correctness: models.Correctness | None,
+    confidence: models.Confidence | None,
     source: str,
     config: models.Config,
 ) -> None:
@@ -71,11 +72,11 @@ def start_policy(
         state = weights.start_weights(config, content, source)
     if not models.load_fitting(policy_net.features, state):
         raise UserError(f"{source}: not one tensor fits the policy network")
-    if correctness is not None:
+    if confidence is not None:
         classes = {
             name.removeprefix("fc."): state[name] for name in state if name.startswith("fc.")
         }
-        models.load_fitting(correctness.classes, classes)
+        models.load_fitting(confidence.classes, classes)
 
 
 def train_step(
@@ -92,7 +93,7 @@ def train_step(
     images (B, 3, H, W), labels (B,), mask (K,) of the blocks that are learned by now.
     """
     probs, *_ = policy_net(images)
-    policy_map = utils.most_probable(probs)
+    policy_map = utils.greedy(probs)
     probs = utils.bound(probs, args.alpha)
     noise = shard.noise(args.samples, probs.shape[1], device=probs.device).transpose(0, 1)
     policies = utils.force_on(torch.cat((utils.sample(probs, noise), policy_map[None])), mask)
@@ -142,9 +143,9 @@ def warm_step(
 
 
 def test_step(
-    decide: models.Decider, resnet: nn.Module, images: Tensor, labels: Tensor, mask: Tensor, args
+    decide: nn.Module, resnet: nn.Module, images: Tensor, labels: Tensor, mask: Tensor, args
 ):
-    """What becomes of a batch under the most probable policies of this step of the curriculum."""
+    """What becomes of a batch under the greedy policies of this step of the curriculum."""
     policy = utils.force_on(decide(images), mask)
     reward = partial(utils.reward, penalty=args.penalty)
     _, reward, correct = utils.rollout(resnet, images, labels, policy, reward)
@@ -158,59 +159,59 @@ def main() -> None:
         train, test = engine.data.load(config, args, run.device)
         resnet, policy_net = models.build(args.model, config.num_classes)
         run.load_base(resnet)
-        correctness = models.build_correctness(config, policy_net) if args.warm_start else None
+        confidence = models.build_confidence(config, policy_net) if args.warm_start else None
         if args.policy_size and policy_net.size is None:
             raise UserError(f"--policy_size is for CIFAR: {args.model} has a size")
         if not args.load:  # as released: pictures from a ResNet-18, CIFAR from nothing
             default = "resnet18" if config.has_pictures else "none"
-            start_policy(policy_net, correctness, args.policy_init or default, config)
+            start_policy(policy_net, confidence, args.policy_init or default, config)
             if args.policy_size:
                 policy_net.look_at(args.policy_size)
         run.place(resnet.requires_grad_(False).eval(), policy_net)
-        learner = policy_net
-        if correctness is not None:
-            run.place(correctness)
-            learner = models.WithCorrectness(policy_net, correctness)
+        learner, heads = policy_net, {}
+        if confidence is not None:
+            run.place(confidence)
+            learner = models.WithConfidence(policy_net, confidence)
+            heads = {"correctness": confidence}  # the file's name for it
         learner = run.wrap(learner)
         optimizer = torch.optim.Adam(learner.parameters(), args.lr, weight_decay=args.wd)
-        run.track("agent", policy_net)
+        run.restore(agent=policy_net, **heads, optimizer=optimizer)
         if args.policy_size not in (None, policy_net.size):
             raise UserError(
                 f"--policy_size {args.policy_size}: the policy network of {args.load} looks at "
                 f"{policy_net.size} pixels: leave --policy_size out"
             )
-        if correctness is not None:
-            run.track("correctness", correctness)
-        run.track("optimizer", optimizer)
         resnet.execution = args.execution
         if args.execution == "sparse":  # it never changes, so its inference-only twin will do
-            resnet, _ = models.deploy(resnet, dtype=engine.device.dtype(args.precision))
-        if correctness is not None and not args.load:
+            resnet, _ = deploy(resnet, dtype=engine.device.dtype(args.precision))
+        if confidence is not None and not args.load:
             found = engine.candidates.find(resnet, train, config.stages, args.precision)
-            correctness.candidates.copy_(found)
+            confidence.candidates.copy_(found)
             shown = " ".join(utils.shares_of(policy, config.stages) for policy in found)
             run.note(f"--warm_start chooses how many first blocks of each stage to keep: {shown}")
 
         for epoch in run.epochs():
             schedule.scale_lr(optimizer, schedule.lr_factor(args, epoch - 1))
             is_warm = epoch <= args.warm_start
-            cl_epoch = epoch - args.warm_start
-            cl_step = utils.curriculum_step(cl_epoch, args.cl_step, args.cl_blocks)
+            cl_step = utils.curriculum_step(epoch - args.warm_start, args.cl_step, args.cl_blocks)
             cl_step = config.num_blocks if is_warm else cl_step
             mask = utils.curriculum_mask(config.num_blocks, cl_step, run.device)
             policy_net.train()
-            step = partial(train_step, learner, resnet, mask=mask, args=args)
-            if is_warm:
-                step = partial(
-                    warm_step, learner, resnet, candidates=correctness.candidates, args=args
-                )
-            results = run.train_epoch(step, [optimizer], train)
-            run.logs.policies("train", *utils.performance_stats(*results.of_policies()))
+            for images, labels, shard in run.batches(train):
+                batch = (learner, resnet, images, labels, shard)
+                with run.autocast():
+                    if is_warm:
+                        loss, outcome = warm_step(*batch, confidence.candidates, args)
+                    else:
+                        loss, outcome = train_step(*batch, mask, args)
+                run.step(loss, outcome)
+            run.log_policies("train", run.results)
             if run.tests(epoch):
                 policy_net.eval()
-                step = partial(test_step, models.decider(policy_net), resnet, mask=mask, args=args)
+                decide = models.GreedyPolicy(policy_net)
+                step = partial(test_step, decide, resnet, mask=mask, args=args)
                 results = run.evaluate(step, test)
-                run.logs.policies("test", *utils.performance_stats(*results.of_policies()))
+                run.log_policies("test", results)
                 run.logs.kept(results["policy"], results["label"])
                 run.dependence(resnet, results, test)
                 run.save_evaluated()

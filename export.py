@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import nn
 
 import engine
-from engine import UserError, onnx_files, options
+from deploy import onnx_files
+from engine import UserError, options, process
 from engine.trained import TrainedModel
 
 TOLERANCE = 1e-4  # of logits, relative to an image's largest
@@ -58,7 +59,7 @@ def check(content: bytes, trained: TrainedModel, test, int8: bool = False) -> di
     within NEAR of the other outcome are not compared, but named. An int8 file is another network:
     it has to find PyTorch's classes on most images.
     """
-    found = onnx_files.compare(content, trained, test)
+    found = onnx_files.compare(content, trained.resnet, trained.policy, test)
     count = len(found["policy"])
     near = (found["margin"] < NEAR) & (not int8)
     if int8:
@@ -97,7 +98,7 @@ def metadata(args, trained: TrainedModel, class_names: list[str], figures: dict)
     image = f"uint8 RGB, {side}x{side}"
     if config.has_pictures:
         image += f", short side resized to {side * 256 // 224} with antialiasing, centre crop"
-    networks = nn.ModuleList(filter(None, (trained.resnet, trained.policy_net)))
+    networks = nn.ModuleList(filter(None, (trained.resnet, trained.policy)))
     facts = {
         "model": config.name,
         "image": image,
@@ -118,22 +119,23 @@ def metadata(args, trained: TrainedModel, class_names: list[str], figures: dict)
 
 
 def is_full(trained: TrainedModel) -> bool:
-    return trained.policy_net is None and not trained.config.gated
+    return not (trained.policy_name or trained.looks or trained.resnet.decides)
 
 
 def main() -> None:
     args = parse_args()
     engine.ranks.refuse_several("export.py")
     refuse(args)
-    onnx_files.need("onnx", "onnxruntime")
+    process.need("onnx", "onnxruntime")
     config = engine.data.config_of(args)
-    engine.device.seed_everything(args.seed)
+    engine.seed_everything(args.seed)
     trained = TrainedModel(args, config)
     ranges = None
     if args.int8:
         train, _ = engine.data.load(config, args, trained.device)
-        ranges = onnx_files.calibrate(trained, train)
-    model = onnx_files.build(trained, args.opset, ranges)
+        ranges = onnx_files.calibrate(trained.resnet, trained.policy, train)
+    with engine.user_errors("--opset"):
+        model = onnx_files.build(trained.resnet, trained.policy, config, args.opset, ranges)
     args.subset = args.check
     _, test = engine.data.load(config, args, trained.device, training=False)
     figures = check(model.SerializeToString(), trained, test, args.int8)

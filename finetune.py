@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import engine
 import models
 import utils
+from deploy import deploy
 from engine import Shard, UserError, options, schedule, weights
 
 
@@ -79,7 +80,7 @@ def load_teacher(run: engine.Run) -> nn.Module:
     teacher, _ = models.build(run.args.model, run.config.num_classes)
     run.load_base(teacher)
     run.place(teacher)
-    return models.deploy(teacher, dtype=engine.device.dtype(run.args.precision))[0]
+    return deploy(teacher, dtype=engine.device.dtype(run.args.precision))[0]
 
 
 def task_loss(logits: Tensor, images: Tensor, labels: Tensor, args, teacher=None) -> Tensor:
@@ -102,7 +103,7 @@ def train_step(
 ):
     """Part of a batch's loss, and what became of its images (B, 3, H, W) under sampled policies."""
     probs, _ = policy_net(images)
-    policy_map = utils.most_probable(probs)
+    policy_map = utils.greedy(probs)
     probs = utils.bound(probs, args.alpha)
     policy = utils.sample(probs, shard.noise(probs.shape[1], device=probs.device))
     score = partial(utils.reward, penalty=args.penalty)
@@ -115,7 +116,7 @@ def train_step(
 
 
 def resnet_train_step(
-    decide: models.Decider,
+    decide: nn.Module,
     resnet: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -133,7 +134,7 @@ def resnet_train_step(
 
 
 def penalties_train_step(
-    policy_net: models.PolicyAtPenalty,
+    decide: models.PenaltyPolicy,
     resnet: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -143,18 +144,18 @@ def penalties_train_step(
     """The same under the policies that are best for a penalty drawn for the batch, beside a full
     pass, so that the ResNet bends neither to one policy nor away from its full accuracy.
     """
-    policy_net.penalty = utils.penalty_between(shard.common_noise(1), *args.penalties)
+    decide.penalty = utils.penalty_between(shard.common_noise(1), *args.penalties)
     with torch.no_grad():
-        policy, _ = policy_net(images)
+        policy = decide(images)
     policies = torch.stack((torch.ones_like(policy), policy))
-    score = partial(utils.reward, penalty=policy_net.penalty)
+    score = partial(utils.reward, penalty=decide.penalty)
     logits, reward, correct = utils.rollout(resnet, images, labels, policies, score)
     loss = F.cross_entropy(logits[0], labels)
     loss = loss + utils.route_loss(logits[1], logits[0], labels, args.distill, args.temperature)
     return shard.share * loss, {"policy": policy, "reward": reward[1], "correct": correct[1]}
 
 
-def test_step(decide: models.Decider, resnet: nn.Module, images: Tensor, labels: Tensor, args):
+def test_step(decide: nn.Module, resnet: nn.Module, images: Tensor, labels: Tensor, args):
     """What becomes of a batch under the policies that `decide(images)` gives."""
     policy = decide(images)
     score = partial(utils.reward, penalty=args.penalty)
@@ -174,47 +175,52 @@ def main() -> None:
         run.place(resnet, policy_net)
         resnet.execution = args.execution
         teacher = load_teacher(run) if args.distill and not args.penalties else None
-        run.track("resnet", resnet)
-        learned = [] if args.resnet_lr else list(resnet.parameters())
-        if static is None:
-            run.track("agent", policy_net)
-        if args.penalties:
+        parts = {"resnet": resnet} | ({"agent": policy_net} if static is None else {})
+        if static is not None:
+            decide = models.StaticPolicy(static.to(run.device))
+        elif args.penalties:
             path = args.load or args.pretrained
-            correctness = weights.load_correctness(config, start, path, policy_net)
-            run.place(correctness)
-            run.track("correctness", correctness)
-            policy_net = models.PolicyAtPenalty(policy_net, correctness, args.penalty)
-        decide = models.decider(policy_net, static)
-        policy_learns = static is None and not args.penalties
-        if args.penalties:
-            step = partial(penalties_train_step, policy_net, run.wrap(resnet))
-        elif policy_learns:
-            learned += policy_net.parameters()
-            step = partial(train_step, run.wrap(policy_net), run.wrap(resnet), teacher=teacher)
+            confidence = weights.load_confidence(config, start, path, policy_net)
+            run.place(confidence)
+            parts["correctness"] = confidence
+            decide = models.PenaltyPolicy(policy_net, confidence, args.penalty)
         else:
-            step = partial(resnet_train_step, decide, run.wrap(resnet), teacher=teacher)
+            decide = models.GreedyPolicy(policy_net)
+        policy_learns = static is None and not args.penalties
+        learned = [] if args.resnet_lr else list(resnet.parameters())
+        if policy_learns:
+            learned += policy_net.parameters()
+            policy_learner = run.wrap(policy_net)
+        resnet_learner = run.wrap(resnet)
         optimizers = {}
         if learned:
             optimizers["optimizer"] = torch.optim.Adam(learned, args.lr, weight_decay=args.wd)
         if args.resnet_lr:
             sgd = schedule.sgd(resnet, args.resnet_lr, args.resnet_wd)
             optimizers["resnet_optimizer"] = sgd
-        for name, optimizer in optimizers.items():
-            run.track(name, optimizer)
-        optimizers = list(optimizers.values())
+        run.restore(**parts, **optimizers)
 
         for epoch in run.epochs():
-            for optimizer in optimizers:
+            for optimizer in optimizers.values():
                 schedule.scale_lr(optimizer, schedule.lr_factor(args, epoch - 1))
             resnet.train(), policy_net.train(policy_learns)
-            results = run.train_epoch(partial(step, args=args), optimizers, train)
-            run.logs.policies("train", *utils.performance_stats(*results.of_policies()))
+            for images, labels, shard in run.batches(train):
+                batch = (resnet_learner, images, labels, shard)
+                with run.autocast():
+                    if policy_learns:
+                        loss, outcome = train_step(policy_learner, *batch, args, teacher)
+                    elif args.penalties:
+                        loss, outcome = penalties_train_step(decide, *batch, args)
+                    else:
+                        loss, outcome = resnet_train_step(decide, *batch, args, teacher)
+                run.step(loss, outcome)
+            run.log_policies("train", run.results)
             if run.tests(epoch):
                 resnet.eval(), policy_net.eval()
                 if args.penalties:
-                    policy_net.penalty = args.penalty
+                    decide.penalty = args.penalty
                 results = run.evaluate(partial(test_step, decide, resnet, args=args), test)
-                run.logs.policies("test", *utils.performance_stats(*results.of_policies()))
+                run.log_policies("test", results)
                 run.logs.kept(results["policy"], results["label"])
                 if static is None:
                     run.dependence(resnet, results, test)

@@ -34,7 +34,7 @@ _SHIPPED = {
     "AIG32_C10_target04": ("AIG32_C10", "cv/AIG32_C10/target0.4/ckpt_*.t7"),
 }
 
-_OURS = ("models", "utils")
+_OURS = ("deploy", "models", "utils")
 _kept: dict = {}
 
 
@@ -68,7 +68,7 @@ def _own_modules():
 with _own_modules():
     import models as _models
     import utils as _utils
-    from models.classifier import Classifier as _Classifier
+    from deploy.classifier import Classifier as _Classifier
 
 
 def _network(entry: str, pretrained: bool, penalty: float | None = None) -> _Classifier:
@@ -93,12 +93,20 @@ def _network(entry: str, pretrained: bool, penalty: float | None = None) -> _Cla
         if policy_net is not None:
             _models.load_policy(policy_net, content["agent"])
     if penalty is not None:
-        head = _models.build_correctness(config, policy_net)
+        head = _models.build_confidence(config, policy_net)
         if pretrained:
             _models.load_strictly(head, content["correctness"])
-        policy_net = _models.PolicyAtPenalty(policy_net, head, penalty)
-    policy = static and _utils.static_policy(static, config.stages, args.get("seed", 0))
-    return _Classifier(resnet, policy_net, config, policy).eval()
+        policy = _models.PenaltyPolicy(policy_net, head, penalty)
+    elif policy_net is not None:
+        policy = _models.GreedyPolicy(policy_net)
+    elif config.gated:
+        policy = None
+    else:
+        kept = _utils.static_policy(
+            static or f"first:{config.num_blocks}", config.stages, args.get("seed", 0)
+        )
+        policy = _models.StaticPolicy(kept)
+    return _Classifier(resnet, policy, config).eval()
 
 
 def _entry(name: str):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import engine
@@ -76,6 +76,24 @@ def load_start(run: engine.Run, resnet: models.ResNet) -> None:
         run.note(f"{path}: {num_blocks} of {config.num_blocks} blocks, the others add nothing yet")
 
 
+def train_step(
+    resnet: nn.Module, images: Tensor, labels: Tensor, shard: Shard, stages: Sequence[int], args
+):
+    """Part of a batch's loss, and what became of its images (B, 3, H, W)."""
+    policy = None
+    if args.routes:
+        policy = full_and_route(shard, stages, args.route_flip, images.device)
+    logits = resnet(images, policy)
+    logits, routed = logits if args.routes else (logits, None)
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=args.label_smoothing)
+    loss = losses.sum() / shard.total
+    if args.routes:
+        loss = loss + shard.share * utils.route_loss(
+            routed, logits, labels, args.route_distill, args.temperature
+        )
+    return loss, {"correct": logits.argmax(1) == labels, "loss": losses}
+
+
 def main() -> None:
     args = parse_args()
     config = engine.data.config_of(args, gated=False)
@@ -88,39 +106,21 @@ def main() -> None:
             load_start(run, resnet)
         run.place(resnet)
         optimizer = schedule.sgd(resnet, args.lr, args.wd)
-        run.track("state_dict", resnet)
-        run.track("optimizer", optimizer)
         learner = run.wrap(resnet)
-
-        def train_step(images: Tensor, labels: Tensor, shard: Shard):
-            epochs_done = epoch - 1 + shard.step / len(train)
-            schedule.scale_lr(optimizer, schedule.lr_factor(args, epochs_done))
-            policy = None
-            if args.routes:
-                policy = full_and_route(shard, config.stages, args.route_flip, run.device)
-            logits = learner(images, policy)
-            logits, routed = logits if args.routes else (logits, None)
-            losses = F.cross_entropy(
-                logits, labels, reduction="none", label_smoothing=args.label_smoothing
-            )
-            loss = losses.sum() / shard.total
-            if args.routes:
-                loss = loss + shard.share * utils.route_loss(
-                    routed, logits, labels, args.route_distill, args.temperature
-                )
-            return loss, {
-                "correct": logits.argmax(1) == labels,
-                "loss": losses,
-            }
+        run.restore(state_dict=resnet, optimizer=optimizer)
 
         def test_step(images: Tensor, labels: Tensor):
             return {"correct": resnet(images).argmax(1) == labels}
 
         for epoch in run.epochs():
             resnet.train()
-            results = run.train_epoch(train_step, [optimizer], train, clip_norm=args.clip_norm)
-            accuracy = results["correct"].double().mean().item()
-            loss = results["loss"].double().mean().item()
+            for images, labels, shard in run.batches(train):
+                epochs_done = epoch - 1 + shard.step / len(train)
+                schedule.scale_lr(optimizer, schedule.lr_factor(args, epochs_done))
+                with run.autocast():
+                    loss, outcome = train_step(learner, images, labels, shard, config.stages, args)
+                run.step(loss, outcome, args.clip_norm)
+            accuracy, loss = (run.results[n].double().mean().item() for n in ("correct", "loss"))
             run.logs.line(
                 f"A: {accuracy:.3f} | L: {loss:.3f}", "train", accuracy=accuracy, loss=loss
             )

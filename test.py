@@ -93,14 +93,14 @@ def main() -> None:
     engine.ranks.start(device=args.device)
     if args.time and engine.ranks.world() > 1:
         raise UserError("--time measures one process: run it without torchrun")
-    engine.device.seed_everything(args.seed)
+    engine.seed_everything(args.seed)
     engine.device.keep_freed_memory()
     trained = TrainedModel(args, config)
     if config.gated:
         trained.resnet.sample_gates = args.sample_gates
     trained.plain.row_multiple = args.row_multiple
     _, test = engine.data.load(config, args, trained.device, training=False)
-    if args.dependence and trained.policy_net is None:
+    if args.dependence and not trained.looks:
         raise UserError("--dependence asks of a policy network: there is none here")
     figures = profile(trained, test, args.dependence)
     if not engine.ranks.is_main():

@@ -21,9 +21,12 @@ def bound(probs: Tensor, alpha: float) -> Tensor:
     return alpha * probs + (1 - alpha) * (1 - probs)
 
 
-def most_probable(probs: Tensor) -> Tensor:
+def greedy(probs: Tensor) -> Tensor:
     """The self-critical baseline's policy: 1 where the keep probability is at least one half."""
     return (probs >= 0.5).to(probs.dtype)
+
+
+most_probable = greedy  # its name until 2026
 
 
 def sample(probs: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -187,8 +190,8 @@ def num_distinct(policies: Tensor) -> int:
     return count
 
 
-def deal(policies: Tensor, seed: int) -> Tensor:
-    """The same policies (N, K) dealt to other images at random: a permutation of the rows.
+def shuffled(policies: Tensor, seed: int) -> Tensor:
+    """The same policies (N, K) for other images at random: a permutation of the rows.
 
     What a policy's accuracy loses by it is what its decisions owe to the image.
     """

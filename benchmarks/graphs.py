@@ -6,8 +6,8 @@ from collections.abc import Callable
 from measure import under  # first: it makes the packages beside this folder known
 from torch import Tensor, nn
 
-from models import DeployedResNet
-from models.graphs import GraphPerBlock, OneGraph, Recorder, graph
+from deploy import DeployedResNet
+from deploy.graphs import GraphPerBlock, OneGraph, Recorder, graph
 
 PADDINGS = (8, 16, 32)
 
@@ -27,7 +27,7 @@ def contenders(
         name = "ours, deployed, CUDA graph a block"
         calls[name] = under(policies, blocks, x)
         if fast_policy is not None:
-            decide = OneGraph(lambda x: fast_policy(x)[0], x, record)
+            decide = OneGraph(fast_policy, x, record)
             calls[f"{name}, with policy net"] = under(policies, blocks, x, decide)
     for multiple in PADDINGS:
         if len(x) > multiple:

@@ -109,13 +109,13 @@ def gated_contenders(net, x, policies, precision) -> dict:
     }
 
 
-def contenders(resnet, policy_net, x, policies, precision, args) -> dict:
+def contenders(resnet, policy, x, policies, precision, args) -> dict:
     """Name -> a call without arguments, for one batch in one precision.
 
     policies: (D, B, K), see `measure.under`.
     """
     dtype = DTYPES[precision]
-    fast, fast_policy = models.deploy(resnet, policy_net, dtype)
+    fast, fast_policy = models.deploy(resnet, policy, dtype)
     autocast = partial(engine.device.autocast, x.device, precision)
 
     def eager(execution):
@@ -152,18 +152,18 @@ def contenders(resnet, policy_net, x, policies, precision, args) -> dict:
     return calls
 
 
-def rows_of(resnet, policy_net, config, policies, x, precision, args) -> list[dict]:
+def rows_of(resnet, policy, config, policies, x, precision, args) -> list[dict]:
     """Time one batch in one precision; one row a contender."""
     if config.gated:
         calls = gated_contenders(resnet, x, policies, precision)
     else:
-        calls = contenders(resnet, policy_net, x, policies, precision, args)
+        calls = contenders(resnet, policy, x, policies, precision, args)
     seconds = interleaved(calls, args.repeats, args.budget)
     size = (3, config.image_size, config.image_size)
     fixed, per_block = utils.block_flops(resnet.resnet if config.gated else resnet, size)
     full = fixed + per_block.sum().item()
     kept = fixed + (policies.cpu().double() @ per_block).mean().item()
-    decision = decision_flops(resnet, policy_net, size)
+    decision = decision_flops(resnet, policy, size)
     best_full = min(s for name, s in seconds.items() if name.startswith("full"))
     gflops = conv_gflops(len(x), DTYPES[precision], x.device)
     rows = []
@@ -195,16 +195,17 @@ def main() -> None:
     engine.device.keep_freed_memory()
     torch.manual_seed(args.seed)
     resnet, policy_net = models.build(args.model)
+    policy = policy_net and models.GreedyPolicy(policy_net)
     if args.load:
         args.policy = args.penalty = None
         trained = TrainedModel(args, config)
-        resnet, policy_net = trained.resnet, trained.policy_net
+        resnet, policy = trained.resnet, trained.policy if trained.looks else None
         args.batch_size = max(args.batch_sizes)
         _, test = engine.data.load(config, args, device, training=False)
         images, _, _ = next(iter(test.epoch(0)))
         with torch.no_grad():
             pool = trained.run(images)[1]
-    for network in filter(None, (resnet, policy_net)):
+    for network in filter(None, (resnet, policy)):
         engine.device.place(network, device).eval()
     facts = machine()
     print(json.dumps(facts))
@@ -222,7 +223,7 @@ def main() -> None:
                 policies = random_policies(DRAWS * batch, config.num_blocks, args.keep, device)
                 policies = policies.unflatten(0, (DRAWS, batch))
             torch.compiler.reset()
-            rows += rows_of(resnet, policy_net, config, policies, x, precision, args)
+            rows += rows_of(resnet, policy, config, policies, x, precision, args)
             print(file=sys.stderr, end=".", flush=True)
     header = [
         "precision", "batch", "contender", "ms", "speed-up over the same full", "FLOP ratio",

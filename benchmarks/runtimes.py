@@ -13,6 +13,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from measure import interleaved, machine, table, write
 
 import engine
 import models
-from engine import onnx_files, options
+from deploy import onnx_files
+from engine import options, process
 from engine.trained import TrainedModel
 
 IMAGES = 64  # whose policies are timed, in turn
@@ -47,8 +49,8 @@ def full_of(trained: TrainedModel) -> TrainedModel:
     """The network that runs all its blocks."""
     if trained.config.gated:
         full = copy.copy(trained)
-        full.resnet, full.static = trained.resnet.resnet, torch.ones(trained.config.num_blocks)
-        full.run = lambda images: (full.resnet(images), full.static.expand(len(images), -1))
+        full.resnet = trained.resnet.resnet
+        full.policy = models.StaticPolicy(torch.ones(trained.config.num_blocks))
         return full
     return trained.base()
 
@@ -57,9 +59,12 @@ def files(trained: TrainedModel, train) -> dict[str, bytes]:
     """The four exported files, by name."""
     made = {}
     for name, network in (("full", full_of(trained)), ("ours", trained)):
-        made[f"{name}, float32"] = onnx_files.build(network, OPSET).SerializeToString()
-        ranges = onnx_files.calibrate(network, train)
-        made[f"{name}, int8"] = onnx_files.build(network, OPSET, ranges).SerializeToString()
+        networks = network.resnet, network.policy
+        model = onnx_files.build(*networks, network.config, OPSET)
+        made[f"{name}, float32"] = model.SerializeToString()
+        ranges = onnx_files.calibrate(*networks, train)
+        model = onnx_files.build(*networks, network.config, OPSET, ranges)
+        made[f"{name}, int8"] = model.SerializeToString()
     return made
 
 
@@ -79,13 +84,11 @@ def openvino_network(content: bytes, precision: str, threads: int) -> Callable:
 
 def deployed(trained: TrainedModel, precision: str, full: bool) -> Callable:
     """PyTorch's call on one normalised image."""
-    network, policy_net = models.deploy(
-        trained.resnet, trained.policy_net, engine.device.dtype(precision)
-    )
-    if trained.config.gated:
-        return network.resnet if full else network
-    decide = trained.decider(policy_net)
-    return network if full else lambda x: network(x, decide(x))
+    dtype = engine.device.dtype(precision)
+    network, policy = models.deploy(trained.resnet, trained.policy, dtype)
+    if full:
+        return network.resnet if network.decides else network
+    return partial(models.predict, network, policy)
 
 
 def contenders(made: dict[str, bytes], trained: TrainedModel, arrays, tensors, threads: int):
@@ -149,9 +152,9 @@ def flop_ratio(trained: TrainedModel, tensors) -> float:
 
 def main() -> None:
     args = parse_args()
-    onnx_files.need("onnx", "onnxruntime", "openvino")
+    process.need("onnx", "onnxruntime", "openvino")
     config = engine.data.config_of(args)
-    engine.device.seed_everything(args.seed)
+    engine.seed_everything(args.seed)
     trained = TrainedModel(args, config)
     train, test = engine.data.load(config, args, trained.device)
     made = files(trained, train)
@@ -182,7 +185,7 @@ def main() -> None:
         _, test = engine.data.load(config, args, trained.device, training=False)
         for name, content in made.items():
             network = full_of(trained) if name.startswith("full") else trained
-            found = onnx_files.compare(content, network, test)
+            found = onnx_files.compare(content, network.resnet, network.policy, test)
             accuracy[name] = found["correct"].double().mean().item()
             blocks = found["policy"].sum(1).mean().item()
             print(f"{name}: accuracy {accuracy[name]:.4f}, {blocks:.2f} blocks")

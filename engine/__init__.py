@@ -4,7 +4,7 @@ from . import candidates, checkpoint, data, dependence, device, options, ranks, 
 from .loop import Results, evaluate
 from .process import UserError, run_script, user_errors
 from .run import Run
-from .shard import Shard
+from .shard import Shard, seed_everything
 from .trained import TrainedModel
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ranks",
     "run_script",
     "schedule",
+    "seed_everything",
     "user_errors",
     "weights",
 ]

@@ -15,9 +15,9 @@ import models
 from models import Config
 
 from . import checkpoint, cifar, class_folders, pictures, ranks
-from .device import derived_seed, free_memory, send
+from .device import free_memory, send
 from .process import UserError
-from .shard import AUGMENTATION, STEP, Shard, shards
+from .shard import AUGMENTATION, STEP, Shard, derived_seed, shards
 
 PADDING = 4
 

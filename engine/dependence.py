@@ -44,7 +44,7 @@ def measure(
     cost = {"blocks": kept.mean().item()}
     blocks_flops = decision + (policies.double() @ static.per_block).mean().item()
     cost["flops"] = static.fixed + blocks_flops
-    deals = [accuracy(utils.deal(policies, seed), "shuffled") for seed in range(DEALS)]
+    deals = [accuracy(utils.shuffled(policies, seed), "shuffled") for seed in range(DEALS)]
     if full is None:
         full = loop.correct_under(
             trained.resnet, torch.ones_like(policies), test, trained.args.precision, "full"

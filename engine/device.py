@@ -1,15 +1,13 @@
-"""Devices, arithmetic and random numbers."""
+"""Devices and their arithmetic."""
 
 import ctypes
 import os
 import platform
-import random
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -122,11 +120,6 @@ def free_memory(device: torch.device) -> int:
         return sys.maxsize
 
 
-def derived_seed(*numbers: int) -> int:
-    """One seed from several numbers, such as (seed, epoch), that differ in all their bits."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
 def timed(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
     """Seconds that one of several calls in a row takes, a GPU waited for."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -136,14 +129,6 @@ def timed(call: Callable[[], object], device: torch.device, times: int = 1) -> f
         call()
     wait()
     return (time.perf_counter() - start) / times
-
-
-def seed_everything(*numbers: int) -> None:
-    """Seed every generator in use as a function of the numbers given."""
-    seed = derived_seed(*numbers)
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:

@@ -1,10 +1,8 @@
-"""One epoch of training or evaluation, around a step that the stage script defines.
-
-`Results` goes through its batches with a progress bar and keeps what each image got.
-"""
+"""Batches of training and what is done with their losses; evaluations; what each image got."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import zip_longest
 
@@ -14,12 +12,11 @@ from tqdm import tqdm
 
 from . import ranks
 from .data import Loader
-from .device import autocast, derived_seed, send
+from .device import autocast, send
 from .process import UserError
-from .shard import Shard
+from .shard import Shard, derived_seed
 
 Network = Callable[[Tensor, Tensor], Tensor]  # images and policies to logits
-TrainStep = Callable[[Tensor, Tensor, Shard], tuple[Tensor, Mapping[str, Tensor]]]
 TestStep = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
@@ -28,43 +25,31 @@ SHOWN = {"correct": "acc", "reward": "reward", "policy": "blocks", "loss": "loss
 
 
 class Results:
-    """Iterates over an epoch's batches and gathers (B, ...) results by name.
+    """Gathers (B, ...) results by name, of so many images in all.
 
-    `skip` batches are left out, of which `results` are known already. The bar shows running means
-    of this process; it is quiet where the output is no terminal.
+    `known` are results of an earlier run and `done` the images that they are of. The bar shows
+    running means of this process; it is quiet where the output is no terminal.
     """
 
     def __init__(
         self,
-        loader: Loader,
-        epoch: int,
+        num_images: int,
         label: str,
-        skip: int = 0,
-        results: Mapping[str, Tensor] | None = None,
+        known: Mapping[str, Tensor] | None = None,
+        done: int = 0,
     ):
-        self.loader, self.epoch, self.skip = loader, epoch, skip
         # what is known already stands once, though every rank may have read it
-        self.known = {n: t if ranks.is_main() else t[:0] for n, t in (results or {}).items()}
+        self.known = {n: t if ranks.is_main() else t[:0] for n, t in (known or {}).items()}
         self.results: dict[str, list[Tensor]] = {}
-        self.seconds = 0.0
+        self.start, self.seconds = time.perf_counter(), 0.0
         self.next_look = 0.0
         quiet = None if ranks.is_main() else True
-        self.bar = tqdm(
-            total=-(-loader.num_images // ranks.world()), desc=label, unit="img", disable=quiet,
-            leave=False,
-        )  # fmt: skip
+        total = -(-num_images // ranks.world())
+        self.bar = tqdm(total=total, desc=label, unit="img", disable=quiet, leave=False)
+        self.bar.update(done // ranks.world())
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Shard]]:
-        start = time.perf_counter()
-        with self.bar:
-            self.bar.update(self.skip * self.loader.batch_size // ranks.world())
-            for images, labels, shard in self.loader.epoch(self.epoch, self.skip):
-                yield images, labels, shard
-                self.bar.update(len(images))
-        self.seconds = time.perf_counter() - start
-
-    def add(self, **results: Tensor) -> None:
-        """Keep one batch's results; a policy is kept as bytes, the rest as it comes."""
+    def add(self, num_images: int, results: Mapping[str, Tensor]) -> None:
+        """Keep what so many images got; a policy is kept as bytes, the rest as it comes."""
         for name, value in results.items():
             value = value.detach()
             if name == "policy":
@@ -72,6 +57,12 @@ class Results:
             self.results.setdefault(name, []).append(value)
         if not self.bar.disable:
             self._show()
+            self.bar.update(num_images)
+
+    def close(self) -> None:
+        """There is no more to add."""
+        self.bar.close()
+        self.seconds = time.perf_counter() - self.start
 
     def _show(self) -> None:
         """Put the running means into the bar, but not at every step: a GPU is waited for."""
@@ -123,70 +114,107 @@ def mean(name: str, batches: list[Tensor]) -> Tensor:
     return (recent.sum(1) if name == "policy" else recent).mean()
 
 
-def train_epoch(
-    step: TrainStep,
-    modules: Sequence[nn.Module],
-    optimizers: Sequence[torch.optim.Optimizer],
-    outcome: Results,
-    precision: str,
-    clip_norm: float | None = None,
-    micro_batch: int | None = None,
-    after_step: Callable[[int], None] = lambda number: None,
-) -> None:
-    """Minimise the loss of an epoch's batches.
+class Training:
+    """The batches of an epoch, and what is done with the loss of each.
 
-    step(images, labels, shard) -> (loss, results) gives the shard's contribution to the loss of the
-    whole batch. `modules` are what it trains, wrapped by `ranks.wrap`. After each batch
-    `after_step` gets the number of batches done. Raises UserError with the step's figures, before
-    touching a weight, when the loss or a gradient is not finite.
+        for images, labels, shard in training.batches(loader, epoch):
+            loss, outcome = ...  # the shard's part of the batch's loss; what became of its images
+            training.step(loss, outcome)
+
+    modules: what is trained, wrapped by `ranks.wrap`. A batch comes in parts of at most
+    `micro_batch` images. `results` gathers the outcomes of the epoch.
     """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    parameters = [p for group in groups for p in group["params"]]
-    for images, labels, shard in outcome:
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        total = torch.zeros((), device=images.device)
-        # as many on every rank, so that they stay in step
-        count = -(-(shard.total // ranks.world()) // micro_batch) if micro_batch else 1
-        pieces = list(shard.split(count))
-        for rows, piece in pieces:
-            # for what a network draws by itself; what `shard` draws is seeded on its own
-            torch.manual_seed(derived_seed(*piece.seed, piece.step, piece.start))
-            waiting = modules if piece is not pieces[-1][1] else ()
-            with ranks.unsynchronised(waiting):
-                with autocast(images.device, precision):
-                    loss, results = step(images[rows], labels[rows], piece)
-                # gradients are averaged over the ranks, whose losses add up
-                (loss * ranks.world()).backward()
-            total += loss.detach()
-            outcome.add(**results)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not torch.isfinite(total + norm):  # the loop's one wait for a GPU in a step
-            figures = {name: value.float().mean().item() for name, value in results.items()}
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        micro_batch: int | None = None,
+    ):
+        self.modules, self.optimizers, self.micro_batch = modules, optimizers, micro_batch
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.world = ranks.world()
+
+    def batches(
+        self,
+        loader: Loader,
+        epoch: int,
+        skip: int = 0,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor, Shard]]:
+        """This rank's images, labels and shards, the first `skip` batches left out, of which
+        results are `known`.
+        """
+        done = skip * loader.batch_size
+        self.results = Results(loader.num_images, f"epoch {epoch}", known, done)
+        self.epoch, self.steps = epoch, len(loader)
+        for images, labels, shard in loader.epoch(epoch, skip):
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            self.loss = torch.zeros((), device=images.device)
+            # as many on every rank, so that they stay in step
+            count = -(-(shard.total // self.world) // self.micro_batch) if self.micro_batch else 1
+            parts = list(shard.split(count))
+            for rows, part in parts:
+                # for what a network draws by itself; what a shard draws is seeded on its own
+                torch.manual_seed(derived_seed(*part.seed, part.step, part.start))
+                self.shard, self.is_last = part, part is parts[-1][1]
+                with self._unsynchronised():
+                    yield images[rows], labels[rows], part
+        self.results.close()
+
+    def _unsynchronised(self):
+        """Gradients of all parts but a batch's last add up, and are not averaged yet."""
+        if self.is_last or self.world == 1:
+            return nullcontext()
+        return ranks.unsynchronised(self.modules)
+
+    def step(
+        self, loss: Tensor, outcome: Mapping[str, Tensor], clip_norm: float | None = None
+    ) -> None:
+        """Learn from a shard's part of the loss; the weights change with a batch's last part.
+
+        Raises UserError with the step's figures, before touching a weight, when the loss or a
+        gradient is not finite.
+        """
+        # gradients are averaged over the ranks, whose losses add up
+        (loss * self.world).backward()
+        self.loss += loss.detach()
+        self.results.add(self.shard.stop - self.shard.start, outcome)
+        if not self.is_last:
+            return
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None]
+        )
+        if not torch.isfinite(self.loss + norm):  # the one wait for a GPU in a step
+            figures = {name: value.float().mean().item() for name, value in outcome.items()}
+            rate = self.optimizers[0].param_groups[0]["lr"]
             raise UserError(
-                f"the loss is {total.item():.4g} and its gradient's norm {norm.item():.4g} in "
-                f"epoch {outcome.epoch}, step {shard.step + 1} of {len(outcome.loader)} ("
+                f"the loss is {self.loss.item():.4g} and its gradient's norm {norm.item():.4g} in "
+                f"epoch {self.epoch}, step {self.shard.step + 1} of {self.steps} ("
                 + ", ".join(f"mean {name} {value:.4g}" for name, value in figures.items())
-                + f", lr {groups[0]['lr']:.3g}): lower --lr or use --precision fp32"
+                + f", lr {rate:.3g}): lower --lr or use --precision fp32"
             )
         if clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-        for optimizer in optimizers:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, clip_norm, norm)
+        for optimizer in self.optimizers:
             optimizer.step()
-        after_step(shard.step + 1)
 
 
 @torch.no_grad()
 def evaluate(step: TestStep, loader: Loader, precision: str, label: str = "evaluating") -> Results:
     """Gather what `step(images, labels) -> results` says of every image, in order."""
-    outcome = Results(loader, 0, label)
-    for images, labels, _ in outcome:
+    results = Results(loader.num_images, label)
+    for images, labels, _ in loader.epoch(0):
         with autocast(images.device, precision):
-            results = step(images, labels)
-        outcome.add(**results)
-    return outcome
+            found = step(images, labels)
+        results.add(len(images), found)
+    results.close()
+    return results
 
 
+@torch.no_grad()
 def correct_under(
     resnet: Network,
     policies: Tensor,
@@ -198,11 +226,12 @@ def correct_under(
 
     policies: (N, K), in the loader's order. Returns (N,) bool.
     """
-    outcome = Results(loader, 0, label)
-    with torch.no_grad():
-        for images, labels, shard in outcome:
-            first = shard.step * loader.batch_size
-            policy = send(policies[first + shard.start : first + shard.stop], images.device)
-            with autocast(images.device, precision):
-                outcome.add(correct=resnet(images, policy).argmax(1) == labels)
-    return outcome["correct"]
+    results = Results(loader.num_images, label)
+    for images, labels, shard in loader.epoch(0):
+        first = shard.step * loader.batch_size
+        policy = send(policies[first + shard.start : first + shard.stop], images.device)
+        with autocast(images.device, precision):
+            correct = resnet(images, policy).argmax(1) == labels
+        results.add(len(images), {"correct": correct})
+    results.close()
+    return results["correct"]

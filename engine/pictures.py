@@ -18,9 +18,8 @@ from models import Config, capabilities
 from . import process
 from .checkpoint import digest
 from .class_folders import turns
-from .device import derived_seed
 from .process import UserError
-from .shard import AUGMENTATION, STEP, Shard, shards
+from .shard import AUGMENTATION, STEP, Shard, derived_seed, shards
 
 PREFETCH = 4  # batches that each worker keeps ready
 

@@ -40,7 +40,7 @@ class Predictions:
     def kind(self) -> str:
         if self.config.gated:
             return "ConvNet-AIG"
-        return "static" if self.trained.is_static else "BlockDrop"
+        return "static" if self.trained.policy_name else "BlockDrop"
 
     @property
     def superclasses(self) -> Mapping[str, Sequence[str]]:
@@ -64,9 +64,9 @@ class Predictions:
     def _predictions(self) -> dict[str, Any]:
         """What `_predict` finds, from the cache beside the checkpoint if it is of the same."""
         cache = checkpoint.newest(self.path).with_suffix(".predictions.pt")
-        networks = filter(None, (self.trained.resnet, self.trained.policy_net))
+        networks = filter(None, (self.trained.resnet, self.trained.policy))
         key = [weights.fingerprint(network) for network in networks]
-        key += [self.test.fingerprint(), self.trained.args.precision, self.trained.static.tolist()]
+        key += [self.test.fingerprint(), self.trained.args.precision]
         key += [
             self.trained.args.penalty,
             self.config.image_size,
@@ -105,7 +105,7 @@ class Predictions:
         label = f"predicting {self.folder.name}"
         found = loop.evaluate(step, self.test, self.trained.args.precision, label).final
         owed = {}
-        if self.trained.policy_net:
+        if self.trained.looks:
             names = ("policy", "correct", "full_correct")
             owed = dependence.measure(self.trained, self.test, *(found[name] for name in names))
         return {**found, "dependence": owed}

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import NoReturn
 
 import torch
@@ -22,7 +23,7 @@ FULL_MEMORY = (
 STANDARD_OUTPUT = 1
 SECONDS_TO_STOP = 8  # clusters kill some time after SIGTERM, often half a minute
 
-_requested = False
+stop_requested = False  # SIGTERM has arrived; who asks is expected to leave `patiently` soon
 _undisturbed = False
 # shared with worker processes, to which it is handed at their start
 _patient = multiprocessing.Value("b", False, lock=False)
@@ -38,37 +39,37 @@ class Stopped(BaseException):
 
 def listen() -> None:
     """From now on SIGTERM raises Stopped: at once, or later inside the contexts below."""
-    global _requested
-    _requested = False
+    global stop_requested
+    stop_requested = False
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGALRM, on_signal)
 
 
 def on_signal(number: int, frame) -> None:
-    global _requested
-    if number == signal.SIGTERM and _requested:
+    global stop_requested
+    if number == signal.SIGTERM and stop_requested:
         return  # a cluster and torchrun may both tell
-    _requested = True
+    stop_requested = True
     if _undisturbed or (_patient.value and number == signal.SIGTERM):
         signal.alarm(SECONDS_TO_STOP)
         return
     raise Stopped
 
 
-def requested() -> bool:
-    """Whether SIGTERM has arrived: who asks is expected to leave `patiently` now."""
-    return _requested
-
-
 @contextmanager
 def patiently() -> Iterator[None]:
-    """Inside, SIGTERM only sets `requested`, so that a training step can end, for some seconds."""
+    """Inside, SIGTERM only sets `stop_requested` for some seconds, so that a step can end."""
     _patient.value = True
     try:
         yield
     finally:
-        _patient.value = False
-        signal.alarm(0)
+        be_impatient()
+
+
+def be_impatient() -> None:
+    """From now on SIGTERM is heard at once again."""
+    _patient.value = False
+    signal.alarm(0)
 
 
 @contextmanager
@@ -109,6 +110,17 @@ def user_errors(thing: object) -> Iterator[None]:
         raise UserError(f"{thing}: {error}") from error
     except OSError as error:
         raise UserError(f"{thing}: {error.strerror or error}") from error
+
+
+def need(*packages: str) -> None:
+    """Refuse to go on without packages that training does without."""
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError:
+            raise UserError(
+                f"the package {package} is not there: pip install -r requirements-export.txt"
+            ) from None
 
 
 def reason(error: Exception) -> str:

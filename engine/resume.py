@@ -1,10 +1,14 @@
-"""Whether a run may go on from a checkpoint: of the same stage, under the same options."""
+"""What a run goes on from: which checkpoint, and whether it may, under which options."""
 
 import argparse
 from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models import Config
+
+from . import checkpoint, weights
 from .process import UserError
 
 STAGES = {
@@ -39,6 +43,69 @@ REMOVED_OPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run goes on from, and where it writes.
+
+    cv_dir: where it writes. load: the checkpoint that it goes on from, if any, `loaded` its
+    content, `source` its directory. notes: what the user is to be told.
+    """
+
+    cv_dir: Path
+    load: str | None = None
+    source: Path | None = None
+    loaded: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def progress(self) -> tuple[int, int, dict[str, Any]]:
+        """Epochs done, steps of the next one, and what these steps gave."""
+        loaded = self.loaded
+        steps, partial = loaded.get("steps_done", 0), loaded.get("partial", {})
+        return int(loaded.get("epoch", 0)), int(steps), dict(partial)
+
+    def extras(self) -> dict[str, Any]:
+        """What goes along into the run's own checkpoints."""
+        return {name: self.loaded[name] for name in ("base",) if name in self.loaded}
+
+
+def plan(
+    args: argparse.Namespace,
+    stage: int,
+    config: Config,
+    cv_dir: str | Path,
+    was_restarted: bool = False,
+) -> Plan:
+    """What the options say: begin, go on in the same directory, or go on in another one.
+
+    cv_dir: where a run writes that names no place. was_restarted: torchrun has started this process
+    anew, so that it goes on as with --resume. Writes nothing. Raises UserError where the run may
+    not go on so, or its directory holds another one.
+    """
+    load = args.load
+    source = load and Path(load)
+    source = source.parent if source and not source.is_dir() else source
+    target = Path(args.cv_dir or source or cv_dir)
+    holds_run = (target / checkpoint.LAST).exists()
+    if (args.resume or was_restarted) and holds_run:
+        load, source = str(target), target
+    is_new = not source or target.resolve() != source.resolve()
+    loaded = weights.read_for(config, load) if load else {}
+    if load:
+        check_stage(loaded, stage, load)
+        check_place(loaded, args, load)
+    finished = int(loaded.get("epoch", 0)) >= args.max_epochs  # such a run is only told of
+    if not is_new and not finished:
+        check_options(loaded, args, target)
+    if is_new and holds_run:
+        raise UserError(
+            f"{target} already holds a run: go on with --load {target}, or choose another --cv_dir"
+        )
+    told = changes(loaded, args) if is_new else []
+    told += [] if finished else told_changes(loaded, args)
+    notes = tuple(f"--{name} {now} (was {before})" for name, before, now in told)
+    return Plan(target, load, source or None, loaded, notes)
+
+
 def stage_of(content: Mapping[str, Any]) -> int:
     """Which stage wrote a checkpoint; the released code's are told by what they hold."""
     if "stage" in content:
@@ -55,13 +122,13 @@ def check_stage(loaded: Mapping[str, Any], stage: int, path: str) -> None:
         raise UserError(f"{path}: {STAGES[other]} cannot be continued here: {HINTS[other]}")
 
 
-def check_place(loaded: Mapping[str, Any], args: argparse.Namespace) -> None:
+def check_place(loaded: Mapping[str, Any], args: argparse.Namespace, path: str) -> None:
     """Refuse, inside an epoch, other batches than those that were done."""
     before, now = loaded.get("args", {}), vars(args)
     for name in ("batch_size", "subset", "val_split", "seed"):
         if loaded.get("steps_done") and before.get(name, now[name]) != now[name]:
             raise UserError(
-                f"{args.load} is inside an epoch of --{name} {before[name]}: go on with that, or "
+                f"{path} is inside an epoch of --{name} {before[name]}: go on with that, or "
                 "change it from an epoch's end, a ckpt_*.t7"
             )
 

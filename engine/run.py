@@ -5,11 +5,10 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from . import checkpoint, device, loop, process, ranks, resume, weights
 from .data import Loader
 from .logs import Logs
 from .process import UserError, user_errors
+from .shard import Shard, seed_everything
 
 # what the released code calls a network that is tracked here
 ALIASES = {"agent": ("agent", "net")}
@@ -31,8 +31,16 @@ ALIASES = {"agent": ("agent", "net")}
 class Run:
     """One run of a stage script (0 pretrain, 1 curriculum, 2 finetune, 3 ConvNet-AIG), a context.
 
-    On entry nothing is written but the directory. What `track` is given goes into every checkpoint
-    and comes back from the one that `--load` names. All random numbers of epoch t are drawn from
+        with Run(args, 1, config) as run:
+            ...  # networks, optimizers
+            run.restore(agent=policy_net, optimizer=optimizer)
+            for epoch in run.epochs():
+                for images, labels, shard in run.batches(train):
+                    with run.autocast():
+                        loss, outcome = train_step(...)
+                    run.step(loss, outcome)
+
+    On entry nothing is written but the directory. All random numbers of epoch t are drawn from
     generators seeded with (seed, t), so a resumed epoch is the epoch that was interrupted.
     """
 
@@ -45,47 +53,28 @@ class Run:
         device.set_up(args.precision, args.deterministic)
         if ranks.is_main():
             device.tell_if_slow(self.device, args.precision)
-        self.done, self.steps_done = 0, 0
-        self.partial: dict[str, torch.Tensor] = {}
+        self.plan = resume.plan(args, stage, config, cv_dir, ranks.was_restarted())
+        args.load, self.cv_dir, self.loaded = self.plan.load, self.plan.cv_dir, self.plan.loaded
+        self.done, self.steps_done, self.partial = self.plan.progress()
         self.is_trained = False  # this epoch, its evaluation still to come
         self.wrapped: list[nn.Module] = []
+        self.kept: dict[str, Any] = {}  # in every checkpoint
+        self.extras: dict[str, Any] = self.plan.extras()
+        self.training: loop.Training | None = None
+        self._autocast = device.autocast(self.device, args.precision)
         self.saved = time.monotonic()
-        self.tracked: dict[str, Any] = {}
-        self.loaded: dict[str, Any] = {}
-        self.extras: dict[str, Any] = {}
-        source = args.load and Path(args.load)
-        source = source.parent if source and not source.is_dir() else source
-        target = Path(args.cv_dir or source or cv_dir)
-        if (args.resume or ranks.was_restarted()) and (target / checkpoint.LAST).exists():
-            args.load, source = str(target), target
-        if args.load:
-            self.loaded = weights.read_for(config, args.load)
-            resume.check_stage(self.loaded, stage, args.load)
-            self.done = int(self.loaded.get("epoch", 0))
-            self.steps_done = int(self.loaded.get("steps_done", 0))
-            self.partial = dict(self.loaded.get("partial", {}))
-            self.extras = {n: self.loaded[n] for n in ("base",) if n in self.loaded}
-            resume.check_place(self.loaded, args)
-        self.source, self.cv_dir = source, target
-        self.logs = Logs(target, args)
-        self.lock = None
-        new = not source or target.resolve() != source.resolve()
-        if not new and self.done < args.max_epochs:  # a finished run is only told of
-            resume.check_options(self.loaded, args, target)
-        if ranks.is_main():
-            self._claim_directory(new)
-        changed = resume.changes(self.loaded, args) if new else []
-        if self.done < args.max_epochs:
-            changed += resume.told_changes(self.loaded, args)
-        for name, before, now in changed:
-            self.note(f"--{name} {now} (was {before})")
+        self.logs = Logs(self.cv_dir, args)
+        self.lock = claim(self.cv_dir) if ranks.is_main() else None
+        for text in self.plan.notes:
+            self.note(text)
         device.keep_freed_memory()
-        device.seed_everything(args.seed, 0)
+        seed_everything(args.seed, 0)
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        process.be_impatient()
         if error is not None and self.is_trained:
             with suppress(UserError):  # such as a full disk, which the error may be about
                 self.save_partway()
@@ -116,23 +105,29 @@ class Run:
         self.wrapped.append(ranks.wrap(module, self.args.sync_bn))
         return self.wrapped[-1]
 
-    def track(self, name: str, owner: nn.Module | torch.optim.Optimizer) -> None:
-        """Put a network or optimizer into the checkpoints under `name`, and restore it from the
-        state of that name after --load.
+    def restore(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Put networks and optimizers into the checkpoints under their names, and take them up from
+        the states of these names after --load.
         """
-        self.tracked[name] = owner
-        if not self.loaded:
-            return
-        if isinstance(owner, torch.optim.Optimizer):
-            with user_errors(self.args.load):
-                self._restore_optimizer(owner, self.loaded.get(name))
-            return
+        for name, part in parts.items():
+            self.kept[name] = part
+            if not self.loaded:
+                continue
+            if isinstance(part, torch.optim.Optimizer):
+                with user_errors(self.args.load):
+                    self._restore_optimizer(part, self.loaded.get(name))
+            else:
+                self._restore_network(name, part)
+        optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
+        self.training = loop.Training(self.wrapped, optimizers, self.args.micro_batch)
+
+    def _restore_network(self, name: str, network: nn.Module) -> None:
         found = {key: self.loaded[key] for key in ALIASES.get(name, (name,)) if key in self.loaded}
         if not found:
             raise UserError(f"{self.args.load}: holds no {name!r}, which this run goes on from")
         if "policy_size" in self.loaded:
             found["policy_size"] = self.loaded["policy_size"]
-        weights.load_into(owner, found, self.args.load)
+        weights.load_into(network, found, self.args.load)
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, state: Any) -> None:
         """Moments come from the checkpoint, hyperparameters from the command line."""
@@ -149,37 +144,16 @@ class Run:
         if ranks.is_main():
             tqdm.write(text, file=sys.stderr)
 
-    def _claim_directory(self, new: bool) -> None:
-        """Make sure that cv_dir can be written and, where a new one is meant, holds no run."""
-        if new and self.cv_dir.joinpath(checkpoint.LAST).exists():
-            raise UserError(
-                f"{self.cv_dir} already holds a run: go on with --load {self.cv_dir}, "
-                "or choose another --cv_dir"
-            )
-        with user_errors(self.cv_dir):
-            self.cv_dir.mkdir(parents=True, exist_ok=True)
-            # held until this process ends, however it ends
-            self.lock = open(self.cv_dir / ".lock", "w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.cv_dir}: another run is writing here: wait for it, or choose another "
-                    "--cv_dir"
-                ) from None
-            # workers may outlive a killed run for some seconds, and must not hold its place
-            os.register_at_fork(after_in_child=self.lock.close)
-
     def epochs(self) -> Iterator[int]:
         """The epochs still to run, counted from 1; after each, metrics and last.t7 are written."""
         if self.done >= self.args.max_epochs:
             if ranks.is_main():
                 tqdm.write(f"{self.args.load}: all {self.args.max_epochs} epochs are done")
             return
-        self.logs.open(self.done, self.source)
+        self.logs.open(self.done, self.plan.source)
         self.save_partway()  # last.t7 is where this run begins, also after --load of an older file
         for epoch in range(self.done + 1, self.args.max_epochs + 1):
-            device.seed_everything(self.args.seed, epoch, ranks.rank())
+            seed_everything(self.args.seed, epoch, ranks.rank())
             self.logs.begin(epoch)
             yield epoch
             self.logs.end()
@@ -188,33 +162,42 @@ class Run:
             self.is_trained = False
             self._stop_if_asked()
 
-    def train_epoch(
-        self,
-        step: loop.TrainStep,
-        optimizers: Sequence[torch.optim.Optimizer],
-        loader: Loader,
-        **options,
-    ) -> loop.Results:
-        """This epoch of training, or what is left of it; see `engine.loop.train_epoch`."""
-        epoch = self.logs.metrics["epoch"]
-        results = loop.Results(loader, epoch, f"epoch {epoch}", self.steps_done, self.partial)
+    def batches(self, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor, Shard]]:
+        """This rank's part of the epoch's batches, or of what is left of them: images
+        (n, 3, H, W), labels (n,) and the shard that they are; see `loop.Training.batches`.
+        """
         with process.patiently():
-            loop.train_epoch(
-                step,
-                self.wrapped,
-                optimizers,
-                results,
-                self.args.precision,
-                micro_batch=self.args.micro_batch,
-                after_step=partial(self._between_steps, results),
-                **options,
-            )
+            yield from self.training.batches(loader, self.epoch, self.steps_done, self.partial)
             ranks.share_buffers(self.wrapped)
-            self.steps_done, self.partial = len(loader), results.final
+            self.steps_done, self.partial = len(loader), self.results.final
             self.is_trained = True
             self._stop_if_asked()
         self._tell_damaged(loader)
-        return results
+
+    def autocast(self) -> AbstractContextManager:
+        """Context in which convolutions and linear layers run in --precision."""
+        return self._autocast
+
+    def step(
+        self,
+        loss: torch.Tensor,
+        outcome: Mapping[str, torch.Tensor],
+        clip_norm: float | None = None,
+    ) -> None:
+        """Learn from a shard's part of the loss, and save what is due; see `loop.Training.step`."""
+        self.training.step(loss, outcome, clip_norm)
+        if self.training.is_last:
+            self._save_if_due(self.training.shard.step + 1)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that runs, counted from 1."""
+        return self.logs.metrics["epoch"]
+
+    @property
+    def results(self) -> loop.Results:
+        """What the images of this epoch's training got."""
+        return self.training.results
 
     def _tell_damaged(self, loader: Loader) -> None:
         """Count the pictures of all ranks in whose place another stood."""
@@ -225,34 +208,43 @@ class Run:
             self.logs.metrics["damaged_images"] = len(damaged)
             self.note(f"{len(damaged)} pictures cannot be read, the first {damaged[0]}: replaced")
 
-    def _between_steps(self, results: loop.Results, steps_done: int) -> None:
+    def _save_if_due(self, steps_done: int) -> None:
         """Write last.t7 every so many minutes, and before a stop that was asked for."""
         due = time.monotonic() - self.saved > 60 * self.args.save_minutes
-        wish = ranks.largest(int(due or process.requested()))
-        if wish and steps_done < len(results.loader):
+        wish = due or process.stop_requested
+        if self.training.world > 1:
+            wish = ranks.largest(int(wish))
+        if wish and steps_done < self.training.steps:
             ranks.share_buffers(self.wrapped)
-            self.steps_done, self.partial = steps_done, results.gather()
+            self.steps_done, self.partial = steps_done, self.results.gather()
             self.save_partway()
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
         """Stop all ranks where one was asked to."""
-        if ranks.largest(int(process.requested())):
+        if ranks.largest(int(process.stop_requested)):
             raise process.Stopped
 
     def evaluate(self, step: loop.TestStep, loader: Loader) -> loop.Results:
         """An evaluation; see `engine.loop.evaluate`."""
         return loop.evaluate(step, loader, self.args.precision)
 
+    def log_policies(self, split: str, results: loop.Results) -> None:
+        """The line of an epoch or an evaluation, in the released code's form."""
+        self.logs.policies(split, *utils.performance_stats(*results.of_policies()))
+
     def dependence(self, resnet: loop.Network, results: loop.Results, loader: Loader) -> None:
-        """Log an evaluation's accuracy where its policies are dealt to other images, and where all
-        images get the most frequent one: what its decisions owe to the image.
+        """Log an evaluation's accuracy where its policies are shuffled over the images, and where
+        all images get the most frequent one: what its decisions owe to the image.
         """
         policies = results["policy"]
         if not len(policies):
             return
-        common = utils.most_frequent(policies).expand_as(policies)
-        found = {"shuffled": utils.deal(policies, self.args.seed), "common": common}
+        frequent = utils.most_frequent(policies).expand_as(policies)
+        found = {
+            "shuffled": utils.shuffled(policies, self.args.seed),
+            "most frequent": frequent,
+        }
         figures = {
             name: loop.correct_under(resnet, given, loader, self.args.precision, name)
             .double()
@@ -261,7 +253,8 @@ class Run:
             for name, given in found.items()
         }
         shown = " | ".join(f"{name}: {value:.3f}" for name, value in figures.items())
-        self.logs.line(shown, "test", begin="DEALT", **figures)
+        figures = {name.replace(" ", "_"): value for name, value in figures.items()}
+        self.logs.line(shown, "test", begin="SHUFFLED", **figures)
 
     def tests(self, epoch: int) -> bool:
         """Whether this epoch ends with an evaluation: every so often, and always the last."""
@@ -288,15 +281,34 @@ class Run:
         self.saved = time.monotonic()
         if not ranks.is_main():
             return
-        content = {name: cpu(part.state_dict()) for name, part in self.tracked.items()}
+        content = {name: cpu(part.state_dict()) for name, part in self.kept.items()}
         content |= {"model": self.config.name, "stage": self.stage, "args": vars(self.args)}
         content["normalisation"] = [list(self.config.mean), list(self.config.std)]
-        for owner in self.tracked.values():
+        for owner in self.kept.values():
             if isinstance(owner, models.PolicyNet) and owner.size is not None:
                 content["policy_size"] = owner.size
         content |= {"epoch": self.logs.metrics.get("epoch", self.done), **self.extras, **figures}
         with process.undisturbed():
             checkpoint.write(content, self.cv_dir / name)
+
+
+def claim(folder: Path) -> IO[str]:
+    """Make a run's directory, and hold it until this process ends, however it ends.
+
+    Raises UserError where it cannot be written, or another run is writing there.
+    """
+    with user_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another run is writing here: wait for it, or choose another --cv_dir"
+            ) from None
+    # workers may outlive a killed run for some seconds, and must not hold its place
+    os.register_at_fork(after_in_child=lock.close)
+    return lock
 
 
 def cpu(state: Any) -> Any:

@@ -1,17 +1,32 @@
 """What part of a batch a process is working on, and the random numbers of that part."""
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import ranks
-from .device import derived_seed, send, wants_pinned
+from .device import send, wants_pinned
 
 AUGMENTATION, STEP = 1, 2  # whose random numbers are drawn from (seed, epoch)
+
+
+def derived_seed(*numbers: int) -> int:
+    """One seed from several numbers, such as (seed, epoch), that differ in all their bits."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed every generator in use as a function of the numbers given."""
+    seed = derived_seed(*numbers)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,7 @@ class Shard:
     total: int
     seed: tuple[int, ...] = (0,)
     step: int = 0
+    world: int = 1  # processes that share the batch
 
     @property
     def share(self) -> float:
@@ -39,10 +55,12 @@ class Shard:
 
     def noise(self, *sizes: int, device: torch.device | None = None) -> Tensor:
         """Uniform numbers in [0, 1), (images, *sizes), float32; anew at each call."""
+        on_host = device is None or device.type == "cpu"
         # the same bits in pinned memory, which spares `send` a copy
-        pinned = wants_pinned(device)
+        pinned = not on_host and wants_pinned(device)
         whole = torch.rand(self.total, *sizes, generator=self._generator, pin_memory=pinned)
-        return send(whole[self.start : self.stop], device)
+        part = whole[self.start : self.stop]
+        return part if on_host else send(part, device)
 
     def common_noise(self, *sizes: int) -> Tensor:
         """Uniform numbers in [0, 1), (*sizes), float32, the same for all images of the batch, on
@@ -72,4 +90,4 @@ def shards(
         total = min(batch_size, num_images - step * batch_size)
         start, stop = total * rank // world, total * (rank + 1) // world
         if start < stop and (total >= world or not training):
-            yield Shard(start, stop, total, seed, step)
+            yield Shard(start, stop, total, seed, step, world)

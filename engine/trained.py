@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import models
 import utils
-from models import Config
+from deploy import deploy
+from models import Config, GreedyPolicy, PenaltyPolicy, StaticPolicy
 
 from . import device, options, weights
 from .process import UserError
@@ -21,12 +22,10 @@ from .process import UserError
 WARM_UP_SECONDS, TIMED_SECONDS, TIMED_PASSES, TIMED_BATCHES = 10.0, 30.0, 5, 5
 
 
-def decision_flops(resnet: nn.Module, policy_net: nn.Module | None, input_size) -> int:
-    """FLOPs an image of the policy network, or of the gates that are not always open."""
-    if policy_net is not None:
-        return utils.count_flops(policy_net, input_size)
-    if not isinstance(resnet, models.GatedResNet):
-        return 0
+def decision_flops(resnet: nn.Module, policy: nn.Module | None, input_size) -> int:
+    """FLOPs an image of the policy, or of the gates that are not always open."""
+    if not resnet.decides:
+        return 0 if isinstance(policy, StaticPolicy) else utils.count_flops(policy, input_size)
     asked = [k for k in range(resnet.num_blocks) if k not in resnet.always_on]
     channels = [branch.conv1.in_channels for branch, _ in resnet.resnet.units()]
     return sum(utils.count_flops(resnet.gates[k], (channels[k], 1, 1)) for k in asked)
@@ -35,9 +34,9 @@ def decision_flops(resnet: nn.Module, policy_net: nn.Module | None, input_size) 
 class TrainedModel:
     """The networks that options name with --model, --load, --base and --policy, to be evaluated.
 
-    `policy_net` is None where all images get the policy `static`, (K,), and for ConvNet-AIG, whose
-    gates are in `resnet`; `policy_name` is the static policy's, if it has one. `candidates` (C, K)
-    are what its policy network learned to choose among, if it had a warm start.
+    `policy` decides for `resnet`; it is None for ConvNet-AIG, whose ResNet decides by itself.
+    `policy_name` is that of a static policy, if it has one. `candidates` (C, K) are what its policy
+    network learned to choose among, if it had a warm start.
     """
 
     def __init__(self, args, config: Config):
@@ -46,27 +45,23 @@ class TrainedModel:
         device.set_up(args.precision)
         device.tell_if_slow(self.device, args.precision)
         content = weights.read_for(config, args.load) if args.load else {}
-        self.resnet, self.policy_net = models.build(args.model, config.num_classes)
+        self.resnet, policy_net = models.build(args.model, config.num_classes)
         self.candidates = content.get("correctness", {}).get("candidates")
+        self.policy_name = args.policy or weights.static_policy_of(content)
         if config.gated:
+            self.policy = None
             self._load_gated(content)
         else:
-            self._load(content)
-        self.policy_name = args.policy or weights.static_policy_of(content)
-        static = options.static_policy(self.policy_name, config, args.seed)
-        self.is_static = static is not None
-        if self.is_static or not args.load or "state_dict" in content:
-            self.policy_net = None
-        if args.penalty is not None:
-            self.policy_net = self._at_penalty(content)
-        static = torch.ones(config.num_blocks) if static is None else static
-        self.static = static.to(self.device)  # once, and not a batch
-        for network in filter(None, (self.resnet, self.policy_net)):
+            self._load(content, policy_net)
+            self.policy = self._policy(content, policy_net)
+        for network in filter(None, (self.resnet, self.policy)):
             device.place(network, self.device).eval()
 
     def _load_gated(self, content: Mapping[str, Any]) -> None:
-        """ConvNet-AIG, ours or the released code's."""
-        if not self.args.load:
+        """ConvNet-AIG: the gates decide, so nothing else may."""
+        if self.args.penalty is not None:
+            raise UserError("--penalty: there is no policy network here that could choose by it")
+        if not content:
             model = self.args.model
             raise UserError(f"{model} comes with no base: name its checkpoint with --load")
         if self.args.policy:
@@ -74,26 +69,35 @@ class TrainedModel:
         weights.load_into(self.resnet, content, self.args.load)
         self.resnet.set_targets(content.get("targets", []))
 
-    def _load(self, content: Mapping[str, Any]) -> None:
+    def _load(self, content: Mapping[str, Any], policy_net: models.PolicyNet) -> None:
         """BlockDrop, or the base ResNet alone."""
         path = self.args.load
         if "resnet" in content or "state_dict" in content:
             weights.load_into(self.resnet, content, path)
         else:
             weights.load_base(self.config, self.args.base, self.resnet)
-        if not path or "state_dict" in content or self.args.policy:
+        if not path or "state_dict" in content or self.policy_name:
             return
-        if not weights.static_policy_of(content):
-            weights.load_into(self.policy_net, content, path)
-            if "resnet" not in content:
-                weights.check_base(content, path, self.resnet)
+        weights.load_into(policy_net, content, path)
+        if "resnet" not in content:
+            weights.check_base(content, path, self.resnet)
 
-    def _at_penalty(self, content: Mapping[str, Any]) -> models.PolicyAtPenalty:
-        """The policy network that chooses for --penalty, where the checkpoint can."""
-        if self.policy_net is None:
+    def _policy(self, content: Mapping[str, Any], policy_net: models.PolicyNet) -> nn.Module:
+        """Who decides: a static policy, the policy network, or what it chooses for --penalty."""
+        static = options.static_policy(self.policy_name, self.config, self.args.seed)
+        if static is None and (not content or "state_dict" in content):
+            static = torch.ones(self.config.num_blocks)
+        if self.args.penalty is None:
+            return GreedyPolicy(policy_net) if static is None else StaticPolicy(static)
+        if static is not None:
             raise UserError("--penalty: there is no policy network here that could choose by it")
-        head = weights.load_correctness(self.config, content, self.args.load, self.policy_net)
-        return models.PolicyAtPenalty(self.policy_net, head, self.args.penalty)
+        head = weights.load_confidence(self.config, content, self.args.load, policy_net)
+        return PenaltyPolicy(policy_net, head, self.args.penalty)
+
+    @property
+    def looks(self) -> bool:
+        """Whether a policy network looks at the images."""
+        return isinstance(self.policy, (GreedyPolicy, PenaltyPolicy))
 
     def base(self) -> "TrainedModel":
         """The base ResNet alone, under the same options. Raises UserError where there is none."""
@@ -103,18 +107,11 @@ class TrainedModel:
     @property
     def plain(self) -> models.ResNet:
         """The ResNet without what decides."""
-        return self.resnet.resnet if self.config.gated else self.resnet
-
-    def decider(self, policy_net: nn.Module | None) -> models.Decider:
-        """What decides by `policy_net`, which may be the deployed one, or by the static policy."""
-        return models.decider(policy_net, None if policy_net else self.static)
+        return self.resnet.resnet if self.resnet.decides else self.resnet
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) of a batch and the policies (B, K) that its images ran under."""
-        if self.config.gated:
-            return self.resnet(images)
-        policy = self.decider(self.policy_net)(images)
-        return self.resnet(images, policy), policy
+        return models.predict(self.resnet, self.policy, images)
 
     def flops(self) -> tuple[int, Tensor]:
         """FLOPs of what every image runs, its decision included, and of each block, (K,)."""
@@ -127,7 +124,7 @@ class TrainedModel:
 
     def decision_flops(self) -> int:
         """FLOPs an image of what decides; see the function of this name."""
-        return decision_flops(self.resnet, self.policy_net, self.input_size)
+        return decision_flops(self.resnet, self.policy, self.input_size)
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -135,12 +132,9 @@ class TrainedModel:
 
     def deployed(self) -> tuple[Callable[[Tensor], object], Callable[[Tensor], object]]:
         """What images (B, 3, H, W) go through in use, decision included, and the full ResNet."""
-        dtype = device.dtype(self.args.precision)
-        fast, fast_policy = models.deploy(self.resnet, self.policy_net, dtype)
-        if self.config.gated:
-            return fast, fast.resnet
-        decide = self.decider(fast_policy)
-        return lambda images: fast(images, decide(images)), fast
+        fast, policy = deploy(self.resnet, self.policy, device.dtype(self.args.precision))
+        full = fast.resnet if self.resnet.decides else fast
+        return partial(models.predict, fast, policy), full
 
     def time(self, test, batch_size: int) -> dict[str, float]:
         """Medians over batches: milliseconds an image, and the speed-up over the full ResNet.

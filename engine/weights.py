@@ -188,7 +188,7 @@ def load_into(network: nn.Module, content: Mapping[str, Any], path: str | Path) 
 
     Raises UserError naming the file and the tensor that is missing, extra or wrongly shaped.
     """
-    if isinstance(network, models.Correctness):
+    if isinstance(network, models.Confidence):
         load, state = models.load_strictly, content["correctness"]
     elif isinstance(network, models.PolicyNet):
         load, state = models.load_policy, policy_weights(content, path)
@@ -211,9 +211,9 @@ def can_choose(content: Mapping[str, Any]) -> bool:
     return "correctness" in content and content.get("epoch", 0) <= last
 
 
-def load_correctness(
+def load_confidence(
     config: Config, content: Mapping[str, Any], path: str | Path, policy_net: models.PolicyNet
-) -> models.Correctness:
+) -> models.Confidence:
     """The head by which a policy network chooses for any penalty.
 
     Raises UserError where the checkpoint has none, or one that the policy network has gone on from.
@@ -228,7 +228,7 @@ def load_correctness(
         raise UserError(
             f"{path}: its policy has gone on since it could choose for another penalty: {way_out}"
         )
-    head = models.build_correctness(config, policy_net)
+    head = models.build_confidence(config, policy_net)
     load_into(head, content, path)
     return head
 

@@ -1,18 +1,17 @@
-"""What is computed: ResNets that run under a policy, policy networks, and their names."""
+"""What is trained: ResNets that run under a policy, policy networks, and their names."""
 
 from .aig import GatedResNet
-from .deployment import DeployedResNet, deploy
-from .graphs import record
 from .policy import (
     POLICY_SIZES,
-    Correctness,
-    Decider,
-    PolicyAtPenalty,
+    Confidence,
+    GreedyPolicy,
+    PenaltyPolicy,
     PolicyNet,
-    WithCorrectness,
-    decider,
+    StaticPolicy,
+    WithConfidence,
+    predict,
 )
-from .registry import Config, build, build_correctness, config, names
+from .registry import Config, build, build_confidence, config, names
 from .resnet import ResNet
 from .weights import (
     for_pixels,
@@ -27,20 +26,18 @@ from .weights import (
 
 __all__ = [
     "POLICY_SIZES",
+    "Confidence",
     "Config",
-    "Correctness",
-    "Decider",
-    "DeployedResNet",
     "GatedResNet",
-    "PolicyAtPenalty",
+    "GreedyPolicy",
+    "PenaltyPolicy",
     "PolicyNet",
     "ResNet",
-    "WithCorrectness",
+    "StaticPolicy",
+    "WithConfidence",
     "build",
-    "build_correctness",
+    "build_confidence",
     "config",
-    "decider",
-    "deploy",
     "for_pixels",
     "load_fitting",
     "load_gated",
@@ -50,5 +47,14 @@ __all__ = [
     "load_strictly",
     "load_ungated",
     "names",
-    "record",
+    "predict",
 ]
+
+
+def __getattr__(name: str):
+    """`models.deploy` is a name of `deploy.deploy`, which stands a floor above."""
+    if name == "deploy":
+        from deploy import deploy
+
+        return deploy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

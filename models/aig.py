@@ -72,6 +72,8 @@ class GatedResNet(nn.Module):
     the images whose gate is open.
     """
 
+    decides = True  # by itself which blocks an image runs
+
     def __init__(self, resnet: ResNet):
         super().__init__()
         self.resnet = resnet

@@ -1,7 +1,8 @@
-"""Policy networks: one look at the image, one keep-probability for every residual block."""
+"""Policy networks, and the policies that they and others decide.
 
-from collections.abc import Callable
-from functools import cache
+A policy network gives a keep-probability for every residual block, by which it learns. A policy
+module is called with images (B, 3, H, W) and returns policies (B, K) of 0 (drop) and 1 (keep).
+"""
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,11 @@ class PolicyNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, 3, H, W). Returns probs (B, K) in (0, 1), float32 or wider, and value (B, 1)."""
-        return self.heads(self.features(self.shrink(x)))
+        return self.heads(self.look(x))
+
+    def look(self, x: Tensor) -> Tensor:
+        """Pooled features (B, num_features) of images (B, 3, H, W)."""
+        return self.features(self.shrink(x))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities and value from pooled features (B, num_features)."""
@@ -74,7 +79,7 @@ class ImageNetPolicy(PolicyNet):
         super().__init__(features, num_blocks, Halve())
 
 
-class Correctness(nn.Module):
+class Confidence(nn.Module):
     """A head that predicts under which of C policies the ResNet will be right.
 
     It does so from how sure the policy network itself is of the class, which `classes` tells: from
@@ -101,58 +106,74 @@ class Correctness(nn.Module):
         return self.linear(self.hidden(sure).relu())
 
 
-class WithCorrectness(nn.Module):
-    """A policy network and a `Correctness` head that look at the image together.
+class WithConfidence(nn.Module):
+    """A policy network and a `Confidence` head that look at the image together.
 
-    Called like a policy network; in place of the value it returns the head's logits (B, C) and
-    those of the classes. The head's loss does not reach the classes, which learn from labels.
+    Called with images it returns probabilities (B, K), the head's logits (B, C) and those of the
+    classes. The head's loss does not reach the classes, which learn from labels.
     """
 
-    def __init__(self, policy_net: PolicyNet, correctness: Correctness):
+    def __init__(self, policy_net: PolicyNet, confidence: Confidence):
         super().__init__()
-        self.policy_net, self.correctness = policy_net, correctness
+        self.policy_net, self.confidence = policy_net, confidence
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = self.policy_net.features(self.policy_net.shrink(x))
-        classes = self.correctness.classes(features)
-        right = self.correctness.of_classes(classes.detach())
+        features = self.policy_net.look(x)
+        classes = self.confidence.classes(features)
+        right = self.confidence.of_classes(classes.detach())
         return self.policy_net.heads(features)[0], right, classes
 
 
-class PolicyAtPenalty(nn.Module):
-    """Chooses, for a penalty that is given when it is used, the candidate of largest reward.
+class GreedyPolicy(nn.Module):
+    """The policy network's most probable policy: images (B, 3, H, W) to (B, K) of 0 and 1."""
 
-    Called like a policy network: the policy (B, K), 0 or 1, stands for the probabilities and its
-    expected reward (B, 1) for the value. `penalty` may be set anew at any time.
-    """
-
-    def __init__(self, policy_net: PolicyNet, correctness: Correctness, penalty: float):
+    def __init__(self, policy_net: nn.Module):
         super().__init__()
-        self.features, self.shrink = policy_net.features, policy_net.shrink
-        self.num_blocks = policy_net.num_blocks
-        self.correctness, self.penalty = correctness, penalty
+        self.policy_net = policy_net
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return choose(self.correctness(self.features(self.shrink(x))), self)
+    def forward(self, x: Tensor) -> Tensor:
+        return utils.greedy(self.policy_net(x)[0])
 
 
-def choose(logits: Tensor, at: PolicyAtPenalty) -> tuple[Tensor, Tensor]:
-    """The best candidates and their expected rewards, from a `Correctness` head's logits (B, C)."""
-    candidates = at.correctness.candidates
-    right = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    reward, chosen = utils.expected_reward(right, candidates, at.penalty).max(1)
-    return candidates[chosen], reward[:, None]
+class StaticPolicy(nn.Module):
+    """One policy (K,) for every image: images (B, 3, H, W) to (B, K)."""
+
+    def __init__(self, policy: Tensor):
+        super().__init__()
+        self.register_buffer("policy", policy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.policy.expand(len(x), -1)
 
 
-Decider = Callable[[Tensor], Tensor]
+class PenaltyPolicy(nn.Module):
+    """The candidate of largest expected reward (Eq. 3), for a penalty given when it is used.
 
-
-def decider(policy_net: nn.Module | None, static: Tensor | None = None) -> Decider:
-    """Who decides, as a function of images (B, 3, H, W) that gives their policy (B, K).
-
-    The policy network's most probable one, or the same `static` one, (K,), for every image.
+    Called with images (B, 3, H, W) it returns (B, K) of 0 and 1. `penalty` may be set anew at any
+    time.
     """
-    if static is not None:
-        there = cache(static.to)  # one copy a device, and not one a batch
-        return lambda images: there(images.device).expand(len(images), -1)
-    return lambda images: utils.most_probable(policy_net(images)[0])
+
+    def __init__(self, policy_net: nn.Module, confidence: Confidence, penalty: float):
+        super().__init__()
+        self.policy_net, self.confidence, self.penalty = policy_net, confidence, penalty
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.choose(self.policy_net.look(x))
+
+    def choose(self, features: Tensor) -> Tensor:
+        """The same from pooled features (B, num_features)."""
+        right = self.confidence(features)
+        right = torch.sigmoid(right.to(torch.promote_types(right.dtype, torch.float32)))
+        candidates = self.confidence.candidates
+        return candidates[utils.expected_reward(right, candidates, self.penalty).argmax(1)]
+
+
+def predict(resnet: nn.Module, policy: nn.Module | None, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, classes) of images (B, 3, H, W), and the policies (B, K) that they ran under.
+
+    A ResNet that decides by itself takes no policy: None.
+    """
+    if resnet.decides:
+        return resnet(images)
+    chosen = policy(images)
+    return resnet(images, chosen), chosen

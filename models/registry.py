@@ -8,7 +8,7 @@ import torch
 import utils
 
 from .aig import GatedResNet
-from .policy import CifarPolicy, Correctness, ImageNetPolicy, PolicyNet
+from .policy import CifarPolicy, Confidence, ImageNetPolicy, PolicyNet
 from .resnet import (
     BasicBlock,
     Bottleneck,
@@ -150,13 +150,13 @@ def build(
     return ungated(spec), CifarPolicy(spec.num_blocks)
 
 
-def build_correctness(spec: Config, policy_net: PolicyNet) -> Correctness:
+def build_confidence(spec: Config, policy_net: PolicyNet) -> Confidence:
     """The head by which a policy network chooses for any penalty, weights initialised.
 
     Its candidates all keep every block until others are found or loaded.
     """
     candidates = torch.ones(len(utils.candidate_depths(spec.stages)), spec.num_blocks)
-    return Correctness(policy_net.features.num_features, spec.num_classes, candidates)
+    return Confidence(policy_net.features.num_features, spec.num_classes, candidates)
 
 
 def ungated(spec: Config) -> ResNet:

@@ -77,6 +77,8 @@ class ResNet(nn.Module):
     the output is the pooled features, (B, `num_features`).
     """
 
+    decides = False  # by itself which blocks an image runs
+
     def __init__(
         self, block: type, stages: Sequence[int], widths: Sequence[int], stem_channels: int
     ):

@@ -71,7 +71,7 @@ def policy_files(tmp_path_factory):
     _, policy_net = models.build(TINY)
     content = {"agent": policy_net.state_dict(), "model": TINY, "epoch": 1, "args": {}}
     engine.checkpoint.write(content, folder / "policy.t7")
-    head = models.build_correctness(models.config(TINY), policy_net).state_dict()
+    head = models.build_confidence(models.config(TINY), policy_net).state_dict()
     engine.checkpoint.write({**content, "correctness": head}, folder / "warm.t7")
     return folder
 

@@ -15,7 +15,6 @@ import models
 import utils
 from engine import loop, ranks
 from engine.data import TensorLoader
-from engine.loop import Results
 
 ARGS = SimpleNamespace(alpha=0.8, beta=0.1, penalty=-3.0, samples=2, distill=0.0, loss_factor=2.0)
 
@@ -86,16 +85,16 @@ def main(micro_batch, path):
         data, recorder = loader(spec, training=True), Recorder(*networks)
         data.epoch = double(data.epoch)
         wrapped = [ranks.wrap(network) for network in networks]
-        results = Results(data, 1, name)
         pieces = None if name == "aig" else micro_batch
-        loop.train_epoch(
-            make_step(*wrapped), wrapped, [recorder], results, "fp32", micro_batch=pieces
-        )
+        training = loop.Training(wrapped, [recorder], micro_batch=pieces)
+        step = make_step(*wrapped)
+        for images, labels, shard in training.batches(data, 1):
+            training.step(*step(images, labels, shard))
         found[name] = recorder.gradients
-        found[f"{name} results"] = results.gather()
+        found[f"{name} results"] = training.results.gather()
 
     def test_step(images, labels):
-        policy = utils.most_probable(policy_net(images.double())[0])
+        policy = utils.greedy(policy_net(images.double())[0])
         reward, correct = utils.reward(resnet(images.double(), policy), labels, policy, -3.0)
         return {"policy": policy, "reward": reward, "correct": correct, "label": labels}
 

@@ -11,6 +11,7 @@ from conftest import script_module
 from test_graphs import remember
 from test_models import random_norms
 
+import deploy
 import engine
 import models
 from engine import UserError, trained
@@ -26,7 +27,7 @@ def graphs(monkeypatch):
 def test_contenders_that_only_a_gpu_has_give_the_same_logits(graphs):
     torch.manual_seed(0)
     resnet, policy_net = map(random_norms, models.build("R14_C10"))
-    twins = models.deploy(resnet, policy_net, torch.float64)
+    twins = models.deploy(resnet, models.GreedyPolicy(policy_net), torch.float64)
     names = set()
     for batch in (1, 20):
         x = torch.randn(batch, 3, 32, 32, dtype=torch.float64)
@@ -45,12 +46,13 @@ def inference(graphs):
 
 def test_contenders_run_under_one_policy_after_the_other(inference, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(models.deployment, "CPU_CHUNK", 4)
+    monkeypatch.setattr(deploy.twin, "CPU_CHUNK", 4)
     monkeypatch.setitem(inference.DTYPES, "fp32", torch.float64)
     x, policies = torch.randn(10, 3, 32, 32, dtype=torch.float64), torch.rand(2, 10, 6) < 0.5
     resnet, policy_net = map(random_norms, models.build("R14_C10"))
     args = argparse.Namespace(no_compile=True)
-    calls = inference.contenders(resnet, policy_net, x, policies.double(), "fp32", args)
+    policy = models.GreedyPolicy(policy_net)
+    calls = inference.contenders(resnet, policy, x, policies.double(), "fp32", args)
     gated, _ = models.build("AIG14_C10")
     gated_calls = inference.gated_contenders(random_norms(gated), x, policies.double(), "fp32")
     for policy in (*policies, policies[0]):

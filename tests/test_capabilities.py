@@ -31,13 +31,13 @@ def lacking(request, monkeypatch):
 def test_deployed_networks_go_the_plain_way(lacking, dtype, tolerance):
     torch.manual_seed(0)
     resnet, policy_net = map(random_norms, models.build("R14_C10"))
-    fast, fast_policy = models.deploy(resnet, policy_net, dtype)
+    fast, fast_policy = models.deploy(resnet, models.GreedyPolicy(policy_net), dtype)
     x = torch.randn(5, 3, 32, 32)
     policy = (torch.rand(5, 6) < 0.5).float()
     for found, expected in (
         (fast(x, policy), resnet(x.double(), policy)),
         (fast(x[:1], policy[:1]), resnet(x[:1].double(), policy[:1])),
-        (fast_policy(x)[0], policy_net(x.double())[0]),
+        (fast_policy.policy_net(x)[0], policy_net(x.double())[0]),
     ):
         error = (found - expected).abs().max() / expected.abs().max().clamp_min(0.1)
         assert error < tolerance

@@ -164,7 +164,7 @@ def test_fingerprint_tells_weights_apart():
 
 
 def test_seeds_are_functions_of_all_their_numbers():
-    seeds = {engine.device.derived_seed(a, b) for a in range(20) for b in range(20)}
+    seeds = {engine.shard.derived_seed(a, b) for a in range(20) for b in range(20)}
     assert len(seeds) == 400
 
 

@@ -13,9 +13,10 @@ from faults import differing
 from test_models import random_norms
 from test_sync import FINITE, STEPS
 
+import deploy
 import engine
 import models
-from engine import checkpoint, loop
+from engine import checkpoint
 from models import capabilities
 
 REHEARSED = bool(os.environ.get("CUDA_TESTS_ON_CPU"))
@@ -119,9 +120,9 @@ def test_recorded_graphs_compute_the_same(name):
     _, policy_net = models.build(name)
     engine.device.place(random_norms(policy_net).double(), DEVICE)
     policy_net.logit.weight.data.mul_(100)  # policies that differ
-    decide = models.decider(policy_net)
-    fast, fast_policy = models.deploy(resnet, policy_net, torch.float64)
-    run = models.record(fast, models.decider(fast_policy), images[:1])
+    decide = models.GreedyPolicy(policy_net)
+    fast, fast_policy = models.deploy(resnet, decide, torch.float64)
+    run = deploy.record(fast, fast_policy, images[:1])
     del fast, fast_policy
     # what was freed, if anything, is another's: blocks of each size, as the allocator keeps them
     taken = [torch.full((2**k,), torch.nan, device=DEVICE) for k in range(6, 22) for _ in range(20)]
@@ -262,20 +263,21 @@ def test_cuda_counts_the_waits_that_were_counted_without_it(
         options += ["--pretrained", policy_files / "warm.t7"]
     given = options_of(script, base_file, policy_files)
     given = given[:-2] if "--policy" in options else given
-    train_epoch, steps = loop.train_epoch, []
+    batches, step, steps = engine.Run.batches, engine.Run.step, []
 
-    def watched(*args, after_step, **more):
-        def note(number):
-            after_step(number)
-            steps.append(len(caught))
-
+    def watched_batches(self, loader):
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            train_epoch(*args, after_step=note, **more)
+            yield from batches(self, loader)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(loop, "train_epoch", watched)
+    def watched_step(self, *args):
+        step(self, *args)
+        steps.append(len(caught))
+
+    monkeypatch.setattr(engine.Run, "batches", watched_batches)
+    monkeypatch.setattr(engine.Run, "step", watched_step)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         status, _, err = run(

@@ -17,6 +17,8 @@ from engine import Shard
 class Deciding(torch.nn.Module):
     """A ResNet whose class is right exactly where the policy is the image's own."""
 
+    decides = False
+
     def forward(self, images, policy):
         own = self.own[images[:, 0, 0, 0].long()]
         right = (policy == own).all(1)
@@ -56,10 +58,10 @@ def test_dependence_on_the_image(kind):
     trained = object.__new__(engine.TrainedModel)
     trained.args = SimpleNamespace(precision="fp32")
     trained.config, trained.resnet = models.config("R14_C10"), resnet
-    trained.policy_net = models.build("R14_C10")[1]
+    trained.policy = models.GreedyPolicy(models.build("R14_C10")[1])
     trained.candidates = None
     per_block = torch.full((6,), 1e6, dtype=torch.float64)
-    decision = utils.count_flops(trained.policy_net, (3, 32, 32))
+    decision = utils.count_flops(trained.policy, (3, 32, 32))
     trained.resnet_flops = lambda: (100_000_000 - decision, per_block)
     found = engine.dependence.measure(trained, Loader(), policies, correct)
     own, shuffled = found["own"]["accuracy"], found["shuffled"]["accuracy"]
@@ -84,7 +86,7 @@ def test_dependence_on_the_image(kind):
     assert found["own"]["blocks"] == pytest.approx(blocks)
     assert found["static"]["blocks"] == pytest.approx(blocks)
     assert found["static"]["accuracy"] == pytest.approx(mixed(blocks))
-    spent = utils.count_flops(trained.policy_net, (3, 32, 32)) / 1e6  # in blocks
+    spent = utils.count_flops(trained.policy, (3, 32, 32)) / 1e6  # in blocks
     assert found["static_same_flops"]["blocks"] == pytest.approx(min(6, blocks + spent))
     assert found["static_same_flops"]["accuracy"] == pytest.approx(mixed(min(6, blocks + spent)))
     full = [all(row) for row in resnet.own.tolist()]

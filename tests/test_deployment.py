@@ -6,7 +6,9 @@ from test_models import random_norms
 from torch import nn
 
 import models
-from models import capabilities, deployed_block, deployment, execution
+from deploy import block as deployed_block
+from deploy import twin
+from models import GreedyPolicy, capabilities, execution
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
 
@@ -14,7 +16,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 8 images, so that batches of 10 cross from one to the next."""
-    monkeypatch.setattr(deployment, "CPU_CHUNK", 8)
+    monkeypatch.setattr(twin, "CPU_CHUNK", 8)
 
 
 @pytest.fixture(params=["R14_C10", "R18_ImgNet", "R50_ImgNet"])
@@ -28,7 +30,7 @@ def pair(request):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_outputs_equal_the_originals(pair, dtype):
     resnet, policy_net, size = pair
-    fast, fast_policy = models.deploy(resnet, policy_net, dtype)
+    fast, fast_policy = models.deploy(resnet, GreedyPolicy(policy_net), dtype)
     x = torch.randn(10, 3, size, size, dtype=torch.float64)
     policy = (torch.rand(10, resnet.num_blocks) < 0.5).float()
     policy[3], policy[9] = 0, 1
@@ -36,8 +38,10 @@ def test_outputs_equal_the_originals(pair, dtype):
     for given in (None, policy, policy[:1].expand(10, -1), torch.zeros_like(policy).bool()):
         close(fast(ours, given), resnet(x, given), dtype)
     close(fast(ours[:1], policy[:1]), resnet(x[:1], policy[:1]), dtype)
-    for found, expected in zip(fast_policy(ours), policy_net(x), strict=True):
+    for found, expected in zip(fast_policy.policy_net(ours), policy_net(x), strict=True):
         close(found, expected, dtype)
+    if dtype == torch.float64:
+        assert torch.equal(fast_policy(ours), GreedyPolicy(policy_net)(x))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -70,7 +74,7 @@ def test_large_parts_of_a_batch_run_in_few_sizes(pair, monkeypatch):
     """For each size that is new oneDNN makes its kernels anew."""
     resnet, _, size = pair
     fast, _ = models.deploy(resnet)
-    monkeypatch.setattr(deployment, "CPU_CHUNK", 32)
+    monkeypatch.setattr(twin, "CPU_CHUNK", 32)
     monkeypatch.setattr(deployed_block, "TILE", 4)
     sizes = set()
     monkeypatch.setattr(
@@ -132,7 +136,7 @@ def test_deploying_leaves_the_originals_as_they_were():
     resnet, policy_net = models.build("R14_C10")
     before = {n: t.clone() for n, t in resnet.state_dict().items()}
     x = torch.randn(4, 3, 32, 32)
-    fast, _ = models.deploy(resnet.train(), policy_net.train())
+    fast, _ = models.deploy(resnet.train(), GreedyPolicy(policy_net).train())
     first = fast(x, torch.ones(4, 6))
     assert resnet.bn1.training and policy_net.features.bn1.training
     assert all(torch.equal(before[n], t) for n, t in resnet.state_dict().items())
@@ -162,8 +166,26 @@ def test_the_input_is_left_as_it_was():
 def test_a_module_without_a_twin_is_refused_by_name(where, name):
     pair = models.build("R14_C10")
     where(*pair).add_module(name, nn.Conv2d(16, 16, 1))
+    resnet, policy_net = pair
     with pytest.raises(ValueError, match=f"does not know {name} .Conv2d"):
-        models.deploy(*pair)
+        models.deploy(resnet, GreedyPolicy(policy_net))
+
+
+def test_a_policy_network_alone_is_no_policy():
+    with pytest.raises(
+        ValueError, match="not a CifarPolicy: wrap a policy network in GreedyPolicy"
+    ):
+        models.deploy(*models.build("R14_C10"))
+
+
+def test_a_static_policy_is_deployed_as_it_is():
+    resnet, _ = models.build("R14_C10")
+    kept = torch.tensor([1.0, 0, 1, 1, 0, 1])
+    fast, policy = models.deploy(random_norms(resnet), models.StaticPolicy(kept), torch.float64)
+    x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    logits, chosen = models.predict(fast, policy, x)
+    assert torch.equal(chosen, kept.expand(5, -1))
+    torch.testing.assert_close(logits, resnet(x, kept.expand(5, -1)).detach())
 
 
 def test_a_shortcut_or_gate_without_a_twin_is_refused():
@@ -180,25 +202,24 @@ def test_a_shortcut_or_gate_without_a_twin_is_refused():
 @pytest.mark.parametrize("name", ["R14_C10", "AIG14_C10"])
 @pytest.mark.parametrize("deployed", [False, True])
 def test_logits_are_float32_under_autocast(name, deployed):
-    networks = models.build(name)
-    for network in filter(None, networks):
-        network.eval()
+    resnet, policy_net = models.build(name)
+    policy = policy_net and GreedyPolicy(policy_net).eval()
+    resnet.eval()
     if deployed:
-        networks = models.deploy(*networks, torch.bfloat16)
-    resnet, policy_net = networks
+        resnet, policy = models.deploy(resnet, policy, torch.bfloat16)
     x = torch.rand(3, 3, 32, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = resnet(x)
         logits = out[0] if isinstance(out, tuple) else out
         assert logits.dtype == torch.float32
-        if policy_net:
-            assert all(value.dtype == torch.float32 for value in policy_net(x)[:1])
+        if policy:
+            assert policy.policy_net(x)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind, multiple", [("eager", 4), ("deployed", 8)])
 def test_padded_rows_change_nothing_but_their_number(pair, kind, multiple, monkeypatch):
     """Twelve images, in one chunk where they are deployed; a block that all keep, one that none."""
-    monkeypatch.setattr(deployment, "CPU_CHUNK", 12)
+    monkeypatch.setattr(twin, "CPU_CHUNK", 12)
     resnet, _, size = pair
     x = torch.randn(12, 3, size, size, dtype=torch.float64)
     policies = (torch.rand(2, 12, resnet.num_blocks) < 0.4).double()

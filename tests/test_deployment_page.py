@@ -32,14 +32,14 @@ def program(language, word):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with R110_C10.onnx and picture.png."""
-    from models import onnx_graph
+    from deploy import onnx_graph
 
     folder = tmp_path_factory.mktemp("deployment")
     torch.manual_seed(0)
     resnet, policy_net = (network.eval() for network in models.build("R110_C10"))
     torch.nn.init.normal_(policy_net.logit.bias)
     config = models.config("R110_C10")
-    model = onnx_graph.build(resnet, policy_net, torch.ones(54), config)
+    model = onnx_graph.build(resnet, models.GreedyPolicy(policy_net), config)
     names = [f"class {k}" for k in range(10)]
     model.metadata_props.add(key="classes", value=str(names).replace("'", '"'))
     onnx.save(model, folder / "R110_C10.onnx")

@@ -62,9 +62,9 @@ def test_what_ranks_exchange_is_no_larger_than_what_they_found(monkeypatch):
     sent = []
     monkeypatch.setattr(ranks, "world", lambda: 2)
     monkeypatch.setattr(ranks, "gather", lambda own: sent.append(own) or [own, {}])
-    results = loop.Results(SimpleNamespace(num_images=64, batch_size=4), 1, "")
+    results = loop.Results(64, "")
     for _ in range(16):
-        results.add(correct=torch.ones(4, dtype=torch.bool))
+        results.add(4, {"correct": torch.ones(4, dtype=torch.bool)})
     assert results["correct"].tolist() == [True] * 64
     assert [t.untyped_storage().nbytes() for t in sent[0]["correct"]] == [4] * 16
 
@@ -74,12 +74,14 @@ def test_the_bar_counts_images_also_those_of_an_earlier_run(monkeypatch):
     monkeypatch.setattr(loop, "tqdm", lambda **options: bar(**options | shown))
     images, labels = torch.zeros(10, 32, 32, 3, dtype=torch.uint8), torch.zeros(10)
     data = TensorLoader(images, labels, models.config("R32_C10"), 4)
-    results = loop.Results(data, 1, "", skip=1)
+    layer = nn.Linear(1, 1)
+    training = loop.Training([layer], [torch.optim.SGD(layer.parameters(), 0.1)])
     counts = []
-    for _ in results:
-        results.add(loss=torch.zeros(1))  # of one image a batch, as in the warm start
-        counts.append(results.bar.n)
-    assert [*counts, results.bar.n] == [4, 8, 10]
+    for _ in training.batches(data, 1, skip=1):
+        counts.append(training.results.bar.n)
+        loss = layer(torch.zeros(1)).sum()  # of one image a batch, as in the warm start
+        training.step(loss, {"loss": loss.detach()[None]})
+    assert [*counts, training.results.bar.n] == [4, 8, 10]
 
 
 def test_a_stop_waits_for_a_step_and_for_a_file():
@@ -88,7 +90,7 @@ def test_a_stop_waits_for_a_step_and_for_a_file():
         with process.patiently():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # torchrun and a cluster may both tell
-            assert process.requested()
+            assert process.stop_requested
             with process.undisturbed():
                 os.kill(os.getpid(), signal.SIGALRM)  # its seconds are over: not while writing
             with pytest.raises(process.Stopped):
@@ -100,7 +102,7 @@ def test_a_stop_waits_for_a_step_and_for_a_file():
         signal.alarm(0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        process._requested = False
+        process.stop_requested = False
 
 
 @pytest.mark.parametrize("ending, status", [("pass", 0), ("raise engine.UserError('why')", 2)])
@@ -136,9 +138,6 @@ def test_backward_runs_outside_autocast():
             seen.append(torch.is_autocast_enabled("cpu"))
             return grad
 
-    def step(images, labels, shard):
-        return Watch.apply(layer(images)).float().mean(), {"correct": labels == 0}
-
     class OneBatch:
         num_images = 3
         batch_size = 3
@@ -150,8 +149,11 @@ def test_backward_runs_outside_autocast():
             return 1
 
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    results = loop.Results(OneBatch(), 1, "")
-    loop.train_epoch(step, [layer], [optimizer], results, "bf16")
+    training = loop.Training([layer], [optimizer])
+    for images, labels, _ in training.batches(OneBatch(), 1):
+        with engine.device.autocast(images.device, "bf16"):
+            loss = Watch.apply(layer(images)).float().mean()
+        training.step(loss, {"correct": labels == 0})
     assert seen == [True, False]
 
 

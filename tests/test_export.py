@@ -15,12 +15,13 @@ from PIL import Image
 
 import models
 import utils
-from engine import checkpoint, onnx_files
+from deploy import onnx_files
+from engine import checkpoint
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from models import onnx_graph, quantization  # noqa: E402
+from deploy import int8, onnx_graph  # noqa: E402
 
 
 def scatter(network, seed=0):
@@ -127,7 +128,7 @@ def test_blockdrop(images, tmp_path, name, size, run_file):
     """In double precision on the other side; R32_C10 normalises."""
     resnet, policy_net = stage2(tmp_path / "ckpt.t7", images, name, size)
     config = models.config(name)
-    model = onnx_graph.build(resnet, policy_net, torch.ones(config.num_blocks), config)
+    model = onnx_graph.build(resnet, models.GreedyPolicy(policy_net), config)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, tmp_path / "out.onnx")
     logits, policy = run_file(tmp_path / "out.onnx", images)
@@ -145,7 +146,7 @@ def test_a_dropped_block_is_not_run(images, tmp_path):
     """Its weights are no numbers: run and then discarded, they would show."""
     resnet, policy_net = stage2(tmp_path / "ckpt.t7", images)
     torch.nn.init.constant_(resnet.blocks[1][1].conv1.weight, float("nan"))
-    model = onnx_graph.build(resnet, policy_net, torch.ones(6), models.config(TINY))
+    model = onnx_graph.build(resnet, models.GreedyPolicy(policy_net), models.config(TINY))
     onnx.save(model, tmp_path / "out.onnx")
     logits, policy = outputs(tmp_path / "out.onnx", images)
     assert 0 < policy[:, 3].sum() < len(images)
@@ -166,7 +167,7 @@ def test_convnet_aig(images, tmp_path, run_file):
             if found:
                 gate.fc2.bias[1] -= (found[0][:, 1] - found[0][:, 0]).median() + 1e-4
         expected, gates = net(pixels("AIG14_C10", images))
-    model = onnx_graph.build(net, None, torch.ones(6), models.config("AIG14_C10"))
+    model = onnx_graph.build(net, None, models.config("AIG14_C10"))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, tmp_path / "out.onnx")
     logits, policy = run_file(tmp_path / "out.onnx", images)
@@ -179,7 +180,7 @@ def test_convnet_aig(images, tmp_path, run_file):
 @pytest.mark.parametrize("penalty", [-0.5, -5])
 def test_a_policy_that_chooses_for_a_penalty(export, images, tmp_path, penalty):
     torch.manual_seed(2)
-    head = models.Correctness(64, 10, utils.candidate_policies((2, 2, 2), lambda policy: 0.0))
+    head = models.Confidence(64, 10, utils.candidate_policies((2, 2, 2), lambda policy: 0.0))
     for layer in (head.classes, head.hidden, head.linear):
         torch.nn.init.normal_(layer.weight, 0, 1)
     torch.nn.init.normal_(head.linear.weight, 0, 0.05)  # no probability so near 0 that all tie
@@ -191,7 +192,7 @@ def test_a_policy_that_chooses_for_a_penalty(export, images, tmp_path, penalty):
     logits, policy = outputs(file, images)
     with torch.no_grad():
         x = pixels(TINY, images)
-        expected = models.PolicyAtPenalty(policy_net, head, penalty)(x)[0]
+        expected = models.PenaltyPolicy(policy_net, head, penalty)(x)
         torch.testing.assert_close(policy, expected)
         torch.testing.assert_close(logits, resnet(x, expected), rtol=1e-4, atol=1e-4)
     assert facts(file)["penalty"] == str(float(penalty))
@@ -201,16 +202,16 @@ def test_a_policy_that_chooses_for_a_penalty(export, images, tmp_path, penalty):
 def test_blocks_that_all_candidates_treat_alike_share_an_if(images, tmp_path, run_file):
     torch.manual_seed(2)
     candidates = torch.tensor([[1, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1.0]])
-    head = models.Correctness(64, 10, candidates)
+    head = models.Confidence(64, 10, candidates)
     resnet, policy_net = stage2(tmp_path / "ckpt.t7", images)
-    chooser = models.PolicyAtPenalty(policy_net, head, -5.0)
+    chooser = models.PenaltyPolicy(policy_net, head, -5.0)
     assert onnx_graph.runs_of(resnet, chooser) == [1, 1, 2, 2]  # shortcuts begin runs
-    assert onnx_graph.runs_of(resnet, policy_net) == [1] * 6
+    assert onnx_graph.runs_of(resnet, models.GreedyPolicy(policy_net)) == [1] * 6
     file = tmp_path / "out.onnx"
     for best, candidate in enumerate(candidates):  # the others are hardly ever right
         head.linear.weight.data.zero_()
         head.linear.bias.data.copy_(torch.eye(3)[best] * 18 - 9)
-        onnx.save(onnx_graph.build(resnet, chooser, torch.ones(6), models.config(TINY)), file)
+        onnx.save(onnx_graph.build(resnet, chooser, models.config(TINY)), file)
         assert kinds(file).count("If") == 2  # the first and the last two are always kept
         logits, policy = run_file(file, images[:4])
         assert torch.equal(policy, candidate.expand(4, -1))
@@ -344,12 +345,13 @@ def test_int8(images, name):
     x = pixels(name, images)
     keep = torch.tensor([1.0, 1, 0, 1, 1, 1])
     run = resnet if policy_net is None else lambda x: (resnet(x, keep.expand(len(x), -1)),)
-    ranges = quantization.observe([resnet], run, [x])
+    ranges = int8.observe([resnet], run, [x])
     convs = [m for m in resnet.modules() if isinstance(m, torch.nn.Conv2d)]
     seen = sum(conv in ranges for conv in convs)
     assert seen == len(convs) - (3 if policy_net else 1)  # the stem and the dropped block
     config = models.config(name)
-    model = onnx_graph.build(resnet, None, keep, config, ranges=ranges)
+    policy = models.StaticPolicy(keep) if policy_net else None
+    model = onnx_graph.build(resnet, policy, config, ranges=ranges)
     onnx.checker.check_model(model, full_check=True)
     session = onnxruntime.InferenceSession(model.SerializeToString())
     logits = torch.cat(
@@ -367,10 +369,10 @@ def test_int8_looks_at_as_many_images_as_it_says(monkeypatch):
     def observe(networks, run, batches):
         seen.extend(len(images) for images in batches)
 
-    monkeypatch.setattr(quantization, "observe", observe)
+    monkeypatch.setattr(int8, "observe", observe)
     batches = [(torch.zeros(250), None, None)] * 4
     train = SimpleNamespace(batch_size=250, epoch=lambda epoch: iter(batches))
-    onnx_files.calibrate(SimpleNamespace(resnet=None, policy_net=None, run=None), train)
+    onnx_files.calibrate(None, None, train)
     assert seen == [250, 250, onnx_files.CALIBRATION - 500]
 
 
@@ -383,7 +385,7 @@ def test_export_in_int8(export, images, tmp_path):
 
 def test_a_poor_int8_file_is_not_kept(export, images, tmp_path, monkeypatch):
     stage2(tmp_path / "ckpt.t7", images)
-    monkeypatch.setattr(quantization.Range, "scale", lambda seen: (100.0, 0))
+    monkeypatch.setattr(int8.Range, "scale", lambda seen: (100.0, 0))
     status, _, err, file = export("--load", tmp_path / "ckpt.t7", "--int8")
     assert status == 2 and "nothing is written" in err and not file.exists()
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_models import random_norms
 
+import deploy
 import models
-from models.graphs import GraphPerBlock, OneGraph
+from deploy.graphs import GraphPerBlock, OneGraph
 
 
 def remember(call):
@@ -21,7 +22,8 @@ def pair(name):
     torch.manual_seed(0)
     resnet, policy_net = map(random_norms, models.build(name))
     policy_net.logit.weight.data.mul_(100)  # policies that differ
-    return resnet, policy_net, models.deploy(resnet, policy_net, torch.float64)
+    policy = models.GreedyPolicy(policy_net)
+    return resnet, policy, models.deploy(resnet, policy, torch.float64)
 
 
 @pytest.mark.parametrize("name", ["R14_C10", "R18_ImgNet"])
@@ -37,10 +39,9 @@ def test_a_graph_a_block_runs_the_kept_blocks(name):
 
 
 def test_a_recorded_pair_decides_and_runs():
-    resnet, policy_net, (fast, fast_policy) = pair("R14_C10")
-    decide = models.decider(policy_net)
+    resnet, decide, (fast, fast_policy) = pair("R14_C10")
     images = torch.randn(40, 1, 3, 32, 32, dtype=torch.float64)
-    run = models.record(fast, models.decider(fast_policy), images[0], remember)
+    run = deploy.record(fast, fast_policy, images[0], remember)
     policies = set()
     for x in images:
         logits, policy = run(x)
@@ -59,7 +60,7 @@ def test_what_graphs_read_and_write_is_held():
         seen.extend(weakref.ref(given) for given in call.args if isinstance(given, torch.Tensor))
         return (lambda: None), call()
 
-    run = models.record(fast, models.decider(fast_policy), torch.randn(1, 3, 32, 32), watch)
+    run = deploy.record(fast, fast_policy, torch.randn(1, 3, 32, 32), watch)
     del fast, fast_policy
     gc.collect()
     assert len(seen) > 10 and all(held() is not None for held in seen), run
@@ -67,8 +68,7 @@ def test_what_graphs_read_and_write_is_held():
 
 def test_no_gpu_and_several_images_are_refused():
     _, _, (fast, fast_policy) = pair("R14_C10")
-    decide = models.decider(fast_policy)
     with pytest.raises(ValueError, match="need a GPU.* on the cpu"):
-        models.record(fast, decide, torch.randn(1, 3, 32, 32))
+        deploy.record(fast, fast_policy, torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError, match="2 images: .* one at a time"):
-        models.record(fast, decide, torch.randn(2, 3, 32, 32), remember)
+        deploy.record(fast, fast_policy, torch.randn(2, 3, 32, 32), remember)

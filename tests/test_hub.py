@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import models
+from deploy.classifier import Classifier
 from engine import checkpoint, weights
 from engine.checkpoint import ROOT
-from models.classifier import Classifier
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_one_network_serves_every_budget(entry, hub):
     for penalty in (-0.5, -5.0, -50.0):
         net = getattr(hub, entry)(penalty=penalty)
         policy = net.policy(images)
-        at = net.policy_net
+        at = net.policy_module
         assert at.penalty == penalty
         with torch.no_grad():
-            torch.testing.assert_close(policy, at(net._pixels(images))[0])
+            torch.testing.assert_close(policy, at(net._pixels(images)))
             expected = resnet(net._pixels(images), policy)
         torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4)
         kept.append(policy.sum().item())
@@ -133,7 +133,7 @@ def test_a_classifier_follows_its_weights(images):
     """Deployed copies are made anew where the weights were changed, moved, or trained."""
     torch.manual_seed(0)
     resnet, policy_net = models.build("R14_C10")
-    net = Classifier(resnet, policy_net, models.config("R14_C10")).eval()
+    net = Classifier(resnet, models.GreedyPolicy(policy_net), models.config("R14_C10")).eval()
     before = net(images)
     assert torch.equal(copy.deepcopy(net)(images), before)
     assert net.double()(images).dtype == torch.float64
@@ -143,7 +143,7 @@ def test_a_classifier_follows_its_weights(images):
     with torch.no_grad():
         net.resnet.fc.bias += 1
     trained = net.eval()(images)
-    anew = Classifier(net.resnet, net.policy_net, models.config("R14_C10")).eval()
+    anew = Classifier(net.resnet, net.policy_module, models.config("R14_C10")).eval()
     assert not torch.allclose(trained, before, atol=0.1)
     torch.testing.assert_close(trained, anew(images))
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -153,6 +153,8 @@ def test_a_classifier_follows_its_weights(images):
 
 
 def test_other_shapes_are_refused(images):
-    net = Classifier(*models.build("R14_C10"), models.config("R14_C10")).eval()
+    resnet, policy_net = models.build("R14_C10")
+    policy = models.GreedyPolicy(policy_net)
+    net = Classifier(resnet, policy, models.config("R14_C10")).eval()
     with pytest.raises(ValueError, match=r"\(6, 32, 32, 3\), not \(B, 3, H, W\)"):
         net(images.permute(0, 2, 3, 1))

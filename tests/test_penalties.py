@@ -63,10 +63,10 @@ def test_the_warm_steps_table_and_loss_by_hand(monkeypatch):
     torch.manual_seed(0)
     candidates = nested()
     _, policy_net = models.build(TINY)
-    net = models.WithCorrectness(
-        policy_net, models.Correctness(policy_net.features.num_features, 10, candidates)
+    net = models.WithConfidence(
+        policy_net, models.Confidence(policy_net.features.num_features, 10, candidates)
     ).double()
-    net.correctness.candidates = candidates.double()
+    net.confidence.candidates = candidates.double()
     images = torch.rand(9, 3, 32, 32, dtype=torch.float64)
     images[:, 0, 0, 0] = torch.randint(1, 8, (9,))
     images[:, 0, 0, 1] = 0
@@ -111,8 +111,8 @@ def test_a_warm_start_learns_what_is_hard():
     torch.manual_seed(0)
     candidates = nested()
     _, policy_net = models.build(TINY)
-    correctness = models.Correctness(policy_net.features.num_features, 10, candidates)
-    net = models.WithCorrectness(policy_net, correctness)
+    confidence = models.Confidence(policy_net.features.num_features, 10, candidates)
+    net = models.WithConfidence(policy_net, confidence)
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     args = SimpleNamespace(penalty=-1.0)
 
@@ -138,18 +138,15 @@ def test_a_warm_start_learns_what_is_hard():
     images, labels, is_hard = batch(128)
     needed = torch.where(is_hard, 6, 3)
     with torch.no_grad():
-        learned = utils.most_probable(policy_net(images)[0])
-        at = models.PolicyAtPenalty(policy_net, correctness, -1.0)
-        policy, reward = at(images)
+        learned = utils.greedy(policy_net(images)[0])
+        at = models.PenaltyPolicy(policy_net, confidence, -1.0)
+        policy = at(images)
         _, fast = models.deploy(models.build(TINY)[0], at)
-        assert torch.equal(fast(images)[0], policy)
+        assert torch.equal(fast(images), policy)
         assert (policy.sum(1) == needed).float().mean() > 0.9
         assert (learned.sum(1) == needed).float().mean() > 0.8
-        torch.testing.assert_close(
-            reward[:, 0].mean(), (1 - (needed / 6) ** 2).mean(), atol=0.1, rtol=0
-        )
         at.penalty = 0.9  # a wrong prediction is worth nearly as much as a right one
-        assert at(images)[0].sum(1).mean() < 3.3
+        assert at(images).sum(1).mean() < 3.3
 
 
 def test_a_step_for_many_penalties_by_hand():
@@ -157,11 +154,11 @@ def test_a_step_for_many_penalties_by_hand():
     finetune = script_module("finetune")
     resnet, policy_net = models.build(TINY)
     candidates = torch.tensor([[1.0, 0, 0, 0, 0, 0], [1.0] * 6])
-    head = models.Correctness(policy_net.features.num_features, 10, candidates)
+    head = models.Confidence(policy_net.features.num_features, 10, candidates)
     with torch.no_grad():  # right with one block in 60 %, with all in 90 % of all images
         head.linear.weight.zero_()
         head.linear.bias.copy_(torch.logit(torch.tensor([0.6, 0.9])))
-    at = models.PolicyAtPenalty(policy_net, head, 0.0)
+    at = models.PenaltyPolicy(policy_net, head, 0.0)
     images, labels = torch.rand(4, 3, 32, 32), torch.arange(4)
     for mild, harsh, chosen in ((-0.1, -0.2, 0), (-10.0, -20.0, 1)):
         args = SimpleNamespace(penalties=(mild, harsh), distill=0.5, temperature=2.0)

@@ -115,12 +115,12 @@ def test_a_run_first_writes_where_it_begins(run, common, base_file, tmp_path):
     checkpoint.write(content | {"epoch": 1, "steps_done": 2, "partial": {}}, tmp_path / "part.t7")
     first = {}
 
-    def stop(run, loader, *_):
+    def stop(run, loader):
         first.update(checkpoint.read(run.cv_dir))
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Run, "train_epoch", stop)
+        patch.setattr(engine.Run, "batches", stop)
         options += ["--max_epochs", 3]
         run("cl_training", *options, "--load", tmp_path / "part.t7", "--cv_dir", tmp_path / "b")
         assert (first["epoch"], first["steps_done"]) == (1, 2)

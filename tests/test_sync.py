@@ -132,16 +132,16 @@ def one_step(run, cifar_dir, base_file, policy_files, tmp_path, monkeypatch):
     """one_step(script, ...) -> what the second of two training steps and of two evaluation steps
     of a script waits for.
     """
-    train_epoch, evaluate = loop.train_epoch, loop.evaluate
+    batches, step, evaluate = engine.Run.batches, engine.Run.step, loop.evaluate
     steps = {"train": [], "test": []}
 
-    def watched_training(*args, after_step, **options):
-        def note(number):
-            after_step(number)
-            steps["train"].append(found.take())
+    def watched_batches(self, loader):
+        with Waits() as self.waits:
+            yield from batches(self, loader)
 
-        with Waits() as found:
-            train_epoch(*args, after_step=note, **options)
+    def watched_step(self, *args):
+        step(self, *args)
+        steps["train"].append(self.waits.take())
 
     def watched_evaluation(step, *args):
         def note(images, labels):
@@ -152,7 +152,8 @@ def one_step(run, cifar_dir, base_file, policy_files, tmp_path, monkeypatch):
         with Waits() as found:
             return evaluate(note, *args)
 
-    monkeypatch.setattr(loop, "train_epoch", watched_training)
+    monkeypatch.setattr(engine.Run, "batches", watched_batches)
+    monkeypatch.setattr(engine.Run, "step", watched_step)
     monkeypatch.setattr(loop, "evaluate", watched_evaluation)
     given = {
         "cl_training": ["--base", base_file],
@@ -174,7 +175,7 @@ def one_step(run, cifar_dir, base_file, policy_files, tmp_path, monkeypatch):
     return call
 
 
-FINITE = {"loop.py:train_epoch __bool__": 1}  # whether loss and gradient are, before the update
+FINITE = {"loop.py:step __bool__": 1}  # whether loss and gradient are, before the update
 COUNTS = {"execution.py:kept_counts tolist": 1}  # of one forward pass
 TWICE = {"execution.py:kept_counts tolist": 2}
 GATES = {"execution.py:open_rows nonzero": 6}  # one a block of AIG14
@@ -202,13 +203,13 @@ def test_what_a_step_waits_for(stage, one_step, policy_files):
 
 
 def test_a_planted_read_is_counted(one_step, monkeypatch):
-    most_probable = utils.most_probable
+    greedy = utils.greedy
 
     def planted(probs):
         probs.tolist()
-        return most_probable(probs)
+        return greedy(probs)
 
-    monkeypatch.setattr(utils, "most_probable", planted)
+    monkeypatch.setattr(utils, "greedy", planted)
     training, evaluation = one_step("cl_training")
     more = {"test_sync.py:planted tolist": 1}
     assert (training, evaluation) == (FINITE | COUNTS | more, COUNTS | more)
@@ -221,11 +222,12 @@ def test_the_bar_looks_at_its_figures_once_a_second(monkeypatch):
         disable=False, set_postfix=lambda shown, refresh: looks.append(shown),
         update=lambda count: None))  # fmt: skip
     looks = []
-    results = loop.Results(SimpleNamespace(num_images=10), 1, "")
+    results = loop.Results(10, "")
     with Waits() as found:
         for correct in (1.0, 0.0, 0.0, 0.0, 0.0):
             policy = torch.tensor([[1, 0, 1], [0, 1, 1]])
-            results.add(correct=torch.full((2,), correct), policy=policy, label=torch.arange(2))
+            found_now = {"correct": torch.full((2,), correct), "policy": policy}
+            results.add(2, {**found_now, "label": torch.arange(2)})
     assert looks == [{"acc": "1.000", "blocks": "2.000"}, {"acc": "0.250", "blocks": "2.000"}]
     assert sum(found.found.values()) == 2
 
@@ -250,7 +252,7 @@ def test_random_numbers_for_a_gpu_are_drawn_into_pinned_memory(monkeypatch):
         for device in ("cuda", "cpu", None)
     ]
     assert asked == [True, False, False]
-    assert moved == [(kind, {"non_blocking": True}) for kind in ("cuda", "cpu")]
+    assert moved == [("cuda", {"non_blocking": True})]  # what stays on the host is left there
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
@@ -316,12 +318,14 @@ def test_forward_passes_stay_on_the_gpu(name, kind, fake):
     plain = resnet if policy_net else resnet.resnet
     plain.row_multiple = 2 if kind == "padded" else 1
     if kind in ("deployed", "padded"):
-        resnet, policy_net = models.deploy(resnet, policy_net, torch.bfloat16)
+        policy = policy_net and models.GreedyPolicy(policy_net)
+        resnet, policy = models.deploy(resnet, policy, torch.bfloat16)
+        policy_net = policy and policy.policy_net
     with torch.set_grad_enabled(kind == "training"):
         if policy_net is None:
             logits, policy = resnet(images)
         else:
-            policy = utils.most_probable(policy_net(images)[0])
+            policy = utils.greedy(policy_net(images)[0])
             logits = resnet(images, policy)
             several = resnet(images, torch.stack([policy] * 2))
             assert several.device == GPU and several.shape[:2] == (2, BATCH)
@@ -349,16 +353,16 @@ def test_losses_and_rewards_stay_on_the_gpu(stage, fake):
     elif stage == "1, warm":
         candidates = torch.ones(4, 6, device=GPU)
         with GPU:
-            head = models.Correctness(policy_net.features.num_features, 10, candidates)
-        learner = models.WithCorrectness(policy_net, head)
+            head = models.Confidence(policy_net.features.num_features, 10, candidates)
+        learner = models.WithConfidence(policy_net, head)
         step = partial(cl.warm_step, learner, fast, candidates=candidates)
     elif stage == "2":
         step = partial(ft.train_step, policy_net, resnet, teacher=fast)
     elif stage == "3":
         step = partial(aig.train_step, resnet, targets=torch.full((6,), 0.5, device=GPU))
     else:
-        static = torch.ones(6) if stage == "2, static" else None
-        decide = models.decider(policy_net, static)
+        static = models.StaticPolicy(torch.ones(6, device=GPU))
+        decide = static if stage == "2, static" else models.GreedyPolicy(policy_net)
         step = partial(ft.resnet_train_step, decide, resnet, teacher=fast)
     loss, results = step(images, labels, shard, args=ARGS)
     assert loss.device == GPU and loss.requires_grad

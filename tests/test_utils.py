@@ -23,8 +23,8 @@ def test_bound_mixes_with_the_opposite_action(probs):
     assert torch.equal(utils.bound(probs, 1.0), probs)
 
 
-def test_most_probable_keeps_at_exactly_one_half():
-    policy = utils.most_probable(torch.tensor([[0.49999, 0.5, 0.50001]]))
+def test_greedy_keeps_at_exactly_one_half():
+    policy = utils.greedy(torch.tensor([[0.49999, 0.5, 0.50001]]))
     assert policy.tolist() == [[0.0, 1.0, 1.0]]
 
 
@@ -293,11 +293,11 @@ def test_penalties_lie_between_in_equal_ratios():
 
 def test_deals_are_permutations_that_differ():
     policies = torch.arange(40).reshape(20, 2)
-    deals = [utils.deal(policies, seed) for seed in range(3)]
+    deals = [utils.shuffled(policies, seed) for seed in range(3)]
     for dealt in deals:
         assert sorted(dealt.tolist()) == policies.tolist() and not torch.equal(dealt, policies)
     assert not torch.equal(deals[0], deals[1])
-    assert torch.equal(deals[2], utils.deal(policies, 2))
+    assert torch.equal(deals[2], utils.shuffled(policies, 2))
 
 
 def test_the_most_frequent_policy():

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from .aig import GatedResNet
-from .deployment import deploy
-from .policy import PolicyAtPenalty, PolicyNet, decider
-from .registry import Config
-from .resnet import ResNet
+import models
+from models import GatedResNet, ResNet
+
+from .twin import deploy
 
 
 class Classifier(nn.Module):
@@ -15,46 +14,30 @@ class Classifier(nn.Module):
 
     In evaluation mode it computes with deployed copies (`deploy`), made anew at the first call
     after the weights, their device or their dtype have changed by a method of this module; in
-    training mode with the networks themselves, whose gates then sample. `static` (K,) is every
-    image's policy where there is no policy network.
+    training mode with the networks themselves, whose gates then sample. `policy_module` decides,
+    a policy module as `deploy` takes, or None where the ResNet decides by itself.
     """
 
     def __init__(
-        self,
-        resnet: ResNet | GatedResNet,
-        policy_net: PolicyNet | PolicyAtPenalty | None,
-        config: Config,
-        static: Tensor | None = None,
+        self, resnet: ResNet | GatedResNet, policy: nn.Module | None, config: models.Config
     ):
         super().__init__()
-        self.resnet, self.policy_net = resnet, policy_net
+        self.resnet, self.policy_module = resnet, policy
         self.num_blocks = resnet.num_blocks
-        static = torch.ones(self.num_blocks) if static is None else static
-        for name, value in (("mean", config.mean), ("std", config.std), ("static", static)):
-            value = torch.as_tensor(value, dtype=torch.float32)
-            value = value if name == "static" else value.view(3, 1, 1)
+        for name, value in (("mean", config.mean), ("std", config.std)):
+            value = torch.tensor(value, dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
         self._deployed = None
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), uint8 or float in [0, 1], RGB. Returns logits (B, classes)."""
-        return self._run(images)[0]
+        return models.predict(*self._networks(), self._pixels(images))[0]
 
     def policy(self, images: Tensor) -> Tensor:
         """Which blocks each image runs, (B, K) of 0 and 1."""
-        if isinstance(self.resnet, GatedResNet):
-            return self._run(images)[1]
-        return self._decide(self._pixels(images), self._networks()[1])
-
-    def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x, (resnet, policy_net) = self._pixels(images), self._networks()
-        if isinstance(self.resnet, GatedResNet):
-            return resnet(x)
-        policy = self._decide(x, policy_net)
-        return resnet(x, policy), policy
-
-    def _decide(self, x: Tensor, policy_net: nn.Module | None) -> Tensor:
-        return decider(policy_net, None if policy_net else self.static)(x)
+        resnet, policy = self._networks()
+        x = self._pixels(images)
+        return models.predict(resnet, policy, x)[1] if self.resnet.decides else policy(x)
 
     def _pixels(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
@@ -65,10 +48,10 @@ class Classifier(nn.Module):
 
     def _networks(self) -> tuple[nn.Module, nn.Module | None]:
         if self.training:
-            return self.resnet, self.policy_net
+            return self.resnet, self.policy_module
         if self._deployed is None:
             dtype = next(self.resnet.parameters()).dtype
-            self._deployed = deploy(self.resnet, self.policy_net, dtype)
+            self._deployed = deploy(self.resnet, self.policy_module, dtype)
         return self._deployed
 
     def _forget(self) -> None:

@@ -1,9 +1,9 @@
-"""From trained networks to an ONNX file, and how what it gives compares with them.
+"""Trained networks as an ONNX model, and how what it gives compares with them.
 
 The packages onnx and onnxruntime are imported where they are used: training does without.
 """
 
-from importlib import import_module
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -12,47 +12,38 @@ from torch import Tensor, nn
 
 import models
 import utils
-from models import quantization
 
-from .process import UserError, user_errors
-from .trained import TrainedModel
+from . import int8
 
 CALIBRATION = 512  # training images that show int8 its scales
 
 
-def need(*packages: str) -> None:
-    """Refuse to go on without packages that training does without."""
-    for package in packages:
-        try:
-            import_module(package)
-        except ImportError:
-            raise UserError(
-                f"the package {package} is not there: pip install -r requirements-export.txt"
-            ) from None
-
-
-def build(trained: TrainedModel, opset: int, ranges: quantization.Ranges | None = None):
-    """The ONNX model of what was trained; see `models.onnx_graph.build`."""
+def build(
+    resnet: nn.Module,
+    policy: nn.Module | None,
+    config: models.Config,
+    opset: int,
+    ranges: int8.Ranges | None = None,
+):
+    """The ONNX model of trained networks, checked; see `deploy.onnx_graph.build`."""
     import onnx
 
-    from models import onnx_graph
+    from . import onnx_graph
 
-    networks = trained.resnet, trained.policy_net, trained.static
-    with user_errors("--opset"):
-        model = onnx_graph.build(*networks, trained.config, opset, ranges)
+    model = onnx_graph.build(resnet, policy, config, opset, ranges)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def calibrate(trained: TrainedModel, train) -> quantization.Ranges:
+def calibrate(resnet: nn.Module, policy: nn.Module | None, train) -> int8.Ranges:
     """What the networks meet on some training images, under their own policies."""
     batches = islice(train.epoch(0), -(-CALIBRATION // train.batch_size))
     images = (
         images[: CALIBRATION - step * train.batch_size]
         for step, (images, _, _) in enumerate(batches)
     )
-    networks = filter(None, (trained.resnet, trained.policy_net))
-    return quantization.observe(networks, trained.run, images)
+    run = partial(models.predict, resnet, policy)
+    return int8.observe(filter(None, (resnet, policy)), run, images)
 
 
 def session(content: bytes):
@@ -64,19 +55,19 @@ def session(content: bytes):
     return onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
 
 
-def compare(content: bytes, trained: TrainedModel, test) -> dict[str, Tensor]:
+def compare(content: bytes, resnet: nn.Module, policy: nn.Module | None, test) -> dict[str, Tensor]:
     """Run the file and PyTorch on the same N images.
 
     Returns policies (N, K) and whether the class is right (N,) as the file has them; the largest
     difference of logits, relative to the largest logit, whether policy and class are the same, and
     the margins, all (N,).
     """
-    run, margins = session(content), Margins(trained)
+    run, margins = session(content), Margins(resnet, policy)
     parts: dict[str, list[Tensor]] = {}
     done = 0
     for images, labels, _ in test.epoch(0):
         with torch.no_grad():
-            logits, policy = (part.cpu() for part in trained.run(images))
+            logits, chosen = (part.cpu() for part in models.predict(resnet, policy, images))
         rows = [
             run.run(["logits", "policy"], {"image": test.picture(done + row)[None]})
             for row in range(len(images))
@@ -89,7 +80,7 @@ def compare(content: bytes, trained: TrainedModel, test) -> dict[str, Tensor]:
             "policy": their_policy,
             "correct": theirs.argmax(1) == labels.cpu(),
             "difference": (theirs - logits).abs().amax(1) / logits.abs().amax(1),
-            "same_policy": (their_policy == policy).all(1),
+            "same_policy": (their_policy == chosen).all(1),
             "same_class": theirs.argmax(1) == logits.argmax(1),
             "margin": margins.take(len(images)).cpu(),
         }
@@ -104,16 +95,15 @@ class Margins:
     Watches the networks while they run; `take` gives those of the last batch, (B,).
     """
 
-    def __init__(self, trained: TrainedModel):
+    def __init__(self, resnet: nn.Module, policy: nn.Module | None):
         self.found: list[Tensor] = []
-        net = trained.policy_net
-        if isinstance(trained.resnet, models.GatedResNet):
-            for gate in trained.resnet.gates:
+        if resnet.decides:
+            for gate in resnet.gates:
                 self.watch(gate, lambda z: (z.softmax(1)[:, 1] - 0.5).abs())
-        elif isinstance(net, models.PolicyAtPenalty):
-            self.watch(net.correctness, lambda z: lead(z, net))
-        elif net is not None:
-            self.watch(net.logit, lambda z: (z.sigmoid() - 0.5).abs().amin(1))
+        elif isinstance(policy, models.PenaltyPolicy):
+            self.watch(policy.confidence, lambda z: lead(z, policy))
+        elif isinstance(policy, models.GreedyPolicy):
+            self.watch(policy.policy_net.logit, lambda z: (z.sigmoid() - 0.5).abs().amin(1))
 
     def watch(self, module: nn.Module, margin) -> None:
         module.register_forward_hook(lambda _, __, output: self.found.append(margin(output)))
@@ -123,8 +113,8 @@ class Margins:
         return torch.stack(found).amin(0) if found else torch.ones(count)
 
 
-def lead(logits: Tensor, net: models.PolicyAtPenalty) -> Tensor:
+def lead(logits: Tensor, policy: models.PenaltyPolicy) -> Tensor:
     """By how much the best candidate's expected reward leads, (B, C) to (B,)."""
-    candidates = net.correctness.candidates
-    best = utils.expected_reward(logits.sigmoid(), candidates, net.penalty).topk(2).values
+    candidates = policy.confidence.candidates
+    best = utils.expected_reward(logits.sigmoid(), candidates, policy.penalty).topk(2).values
     return best[:, 0] - best[:, 1]

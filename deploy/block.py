@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from . import capabilities
-from .execution import as_images, as_rows
-from .resnet import BasicBlock, Bottleneck, PoolAndPad
+from models import capabilities
+from models.execution import as_images, as_rows
+from models.resnet import BasicBlock, Bottleneck, PoolAndPad
 
 # oneDNN orders weights for the batch that they will meet. With AVX2 an order for one image is up to
 # seven times slower on ten, the other way round up to twenty times; one for this many serves all.

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import utils
+from models import Config, GatedResNet, PenaltyPolicy, ResNet, StaticPolicy
+from models.aig import CLOSED, OPEN, Gate
+from models.policy import SURELY_NOT, Halve
+from models.resnet import PoolAndPad
 
-from .aig import CLOSED, OPEN, Gate, GatedResNet
-from .policy import SURELY_NOT, Halve, PolicyAtPenalty, PolicyNet
-from .quantization import Range, Ranges, weight_scales
-from .registry import Config
-from .resnet import PoolAndPad, ResNet
+from .int8 import Range, Ranges, weight_scales
 
 OPSETS = range(13, 24)  # `Split` takes its sizes as an input from 13 on
 DEFAULT_OPSET = 17
@@ -34,16 +34,15 @@ Decide = Callable[[int, str], str | bool]
 
 def build(
     resnet: ResNet | GatedResNet,
-    policy_net: PolicyNet | PolicyAtPenalty | None,
-    static: Tensor,
+    policy: nn.Module | None,
     config: Config,
     opset: int = DEFAULT_OPSET,
     ranges: Ranges | None = None,
 ) -> onnx.ModelProto:
     """An image, uint8 (1, H, W, 3) in RGB, to `logits` (1, classes) and its `policy` (1, K).
 
-    The policy network decides, or ConvNet-AIG's gates, or else the policy `static` (K,), whose
-    dropped blocks are left out. Networks are read in evaluation mode. With `ranges` the
+    The policy module decides, or ConvNet-AIG's gates, which take none: None. Blocks that a
+    `StaticPolicy` drops are left out. Networks are read in evaluation mode. With `ranges` the
     convolutions that were observed compute in int8. Raises ValueError for an opset that lacks an
     operator.
     """
@@ -52,13 +51,13 @@ def build(
     graph = Graph(ranges)
     with torch.no_grad():
         x = pixels(graph, config)
-        if isinstance(resnet, GatedResNet):
-            logits, policy = gated(graph, resnet, x)
+        if resnet.decides:
+            logits, chosen = gated(graph, resnet, x)
         else:
-            decide, policy = decision(graph, policy_net, static, x, config.image_size)
-            logits = network(graph, resnet, x, decide, runs=runs_of(resnet, policy_net))
+            decide, chosen = decision(graph, policy, x, config.image_size)
+            logits = network(graph, resnet, x, decide, runs=runs_of(resnet, policy))
     graph.add("Identity", logits, output="logits")
-    graph.add("Identity", policy, output="policy")
+    graph.add("Identity", chosen, output="policy")
     size = config.image_size
     image = helper.make_tensor_value_info("image", onnx.TensorProto.UINT8, [1, size, size, 3])
     outputs = [
@@ -204,17 +203,17 @@ def kept_run(graph: Graph, x: str, shortcut: str, branches: Sequence[nn.Module])
     return x
 
 
-def runs_of(resnet: ResNet, policy_net: nn.Module | None) -> list[int]:
+def runs_of(resnet: ResNet, policy: nn.Module) -> list[int]:
     """Lengths of the runs of blocks that are always kept or dropped together.
 
     An `If` costs as much as a small convolution, and one serves a whole run. Blocks are alike in
     all candidates of a policy that chooses among some. A shortcut that computes begins a run.
     """
     runs: list[int] = []
-    chooses = isinstance(policy_net, PolicyAtPenalty)
+    chooses = isinstance(policy, PenaltyPolicy)
     for k, (_, shortcut) in enumerate(resnet.units()):
         alike = k > 0 and chooses and isinstance(shortcut, nn.Identity)
-        if alike and policy_net.correctness.candidates[:, k - 1 : k + 1].diff().eq(0).all():
+        if alike and policy.confidence.candidates[:, k - 1 : k + 1].diff().eq(0).all():
             runs[-1] += 1
         else:
             runs.append(1)
@@ -256,29 +255,28 @@ def network(
     return x if resnet.fc is None else linear(graph, x, resnet.fc)
 
 
-def decision(
-    graph: Graph, policy_net: nn.Module | None, static: Tensor, x: str, size: int
-) -> tuple[Decide, str]:
+def decision(graph: Graph, policy: nn.Module, x: str, size: int) -> tuple[Decide, str]:
     """How each block is decided before the ResNet begins, and the name of the policy (1, K)."""
-    if policy_net is None:
-        keep = static.bool().tolist()
-        return lambda k, x: keep[k], graph.constant(static.float()[None], "static")
+    if isinstance(policy, StaticPolicy):
+        kept = policy.policy.bool().tolist()
+        return lambda k, x: kept[k], graph.constant(policy.policy.float()[None], "static")
+    policy_net = policy.policy_net
     features = network(graph, policy_net.features, shrunk(graph, x, policy_net.shrink, size))
     count = policy_net.num_blocks
     always = [False] * count
-    if isinstance(policy_net, PolicyAtPenalty):
-        policy = best_candidate(graph, features, policy_net)
-        keep = graph.add("Cast", policy, to=onnx.TensorProto.BOOL)
-        always = policy_net.correctness.candidates.bool().all(0).tolist()
+    if isinstance(policy, PenaltyPolicy):
+        chosen = best_candidate(graph, features, policy)
+        keep = graph.add("Cast", chosen, to=onnx.TensorProto.BOOL)
+        always = policy.confidence.candidates.bool().all(0).tolist()
     else:  # the most probable policy: sigmoid(z) >= 1/2
         z = linear(graph, features, policy_net.logit)
         keep = graph.add("GreaterOrEqual", z, graph.constant(np.float32(0), "zero"))
-        policy = graph.add("Cast", keep, to=onnx.TensorProto.FLOAT)
+        chosen = graph.add("Cast", keep, to=onnx.TensorProto.FLOAT)
     blocks = [graph.name(f"keep_{k}") for k in range(count)]
     flat = graph.add("Reshape", keep, graph.constant(np.array([count]), "shape"))
     sizes = graph.constant(np.ones(count, np.int64), "sizes")
     graph.nodes.append(helper.make_node("Split", [flat, sizes], blocks))
-    return lambda k, x: always[k] or blocks[k], policy
+    return lambda k, x: always[k] or blocks[k], chosen
 
 
 def shrunk(graph: Graph, x: str, shrink: nn.Module, size: int) -> str:
@@ -287,9 +285,9 @@ def shrunk(graph: Graph, x: str, shrink: nn.Module, size: int) -> str:
     return average(graph, x, 2) if halves else x
 
 
-def best_candidate(graph: Graph, features: str, policy_net: PolicyAtPenalty) -> str:
-    """The policy (1, K) of largest expected reward (Eq. 3) at the network's penalty."""
-    head, penalty = policy_net.correctness, policy_net.penalty
+def best_candidate(graph: Graph, features: str, policy: PenaltyPolicy) -> str:
+    """The policy (1, K) of largest expected reward (Eq. 3) at the policy's penalty."""
+    head, penalty = policy.confidence, policy.penalty
     classes = linear(graph, features, head.classes)
     largest = graph.constant(np.array([head.largest]), "largest")
     sure, order = graph.name("sure"), graph.name("order")

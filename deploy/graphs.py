@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import execution
-from .deployment import DeployedResNet
-from .policy import Decider
+from models import execution
 
+from .twin import DeployedResNet
+
+Policy = Callable[[Tensor], Tensor]  # images to policies
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 
@@ -96,25 +97,24 @@ def copy_of(call: Callable[[Tensor], Tensor], x: Tensor, result: Tensor) -> Tens
 
 
 def record(
-    fast: DeployedResNet, decide: Decider, example: Tensor, recorder: Recorder = graph
+    fast: DeployedResNet, policy: Policy, example: Tensor, recorder: Recorder = graph
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A deployed ResNet and who decides, recorded for one image at a time.
+    """A deployed ResNet and its policy, recorded for one image at a time.
 
-    fast: of `deploy`, on a GPU. decide: of `decider`, with the deployed policy network or a static
-    policy; a penalty that is set later does not reach it. example: an image (1, 3, H, W) there.
-    Returns a function of such images that gives logits (1, classes) and the policy (1, K), tensors
-    that its next call writes over. Raises ValueError where there is no GPU, or another number of
-    images.
+    fast, policy: of `deploy`, on a GPU; a penalty that is set later does not reach them. example:
+    an image (1, 3, H, W) there. Returns a function of such images that gives logits (1, classes)
+    and the policy (1, K), tensors that its next call writes over. Raises ValueError where there is
+    no GPU, or another number of images.
     """
     if recorder is graph and example.device.type != "cuda":
         raise ValueError(f"CUDA graphs need a GPU, and this image is on the {example.device.type}")
     if len(example) != 1:
         raise ValueError(f"{len(example)} images: graphs are recorded for one at a time")
-    policy_of = OneGraph(decide, example, recorder)
+    policy_of = OneGraph(policy, example, recorder)
     logits_of = GraphPerBlock(fast, example, recorder)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        policy = policy_of(x)
-        return logits_of(x, policy), policy
+        chosen = policy_of(x)
+        return logits_of(x, chosen), chosen
 
     return run

@@ -1,6 +1,6 @@
 """Inference-only twins of the networks, for when the clock counts.
 
-Weights and activations stay in one dtype; `deployed_block` has what makes a block fast.
+Weights and activations stay in one dtype; `block` has what makes a block fast.
 """
 
 from copy import deepcopy
@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
-from . import execution
-from .aig import CLOSED, OPEN, Gate, GatedResNet
-from .deployed_block import Batch, Block, Conv, refuse_unknown
-from .policy import PolicyAtPenalty, PolicyNet, choose
-from .resnet import ResNet
+from models import (
+    GatedResNet,
+    GreedyPolicy,
+    PenaltyPolicy,
+    PolicyNet,
+    ResNet,
+    StaticPolicy,
+    execution,
+)
+from models.aig import CLOSED, OPEN, Gate
+
+from .block import Batch, Block, Conv, refuse_unknown
 
 # Images that pass through the network together on a CPU: few make the overhead of a call weigh,
 # many leave the cache (benchmarks/README.md has the figures). A GPU takes the whole batch.
@@ -24,21 +31,33 @@ CPU_CHUNK = 512
 
 def deploy(
     resnet: ResNet | GatedResNet,
-    policy_net: PolicyNet | PolicyAtPenalty | None = None,
+    policy: nn.Module | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple["DeployedResNet | DeployedGatedResNet", "DeployedPolicy | None"]:
-    """Inference-only copies of both networks on their device, weights and activations in `dtype`.
+) -> tuple["DeployedResNet | DeployedGatedResNet", nn.Module | None]:
+    """Inference-only copies of a ResNet and its policy on their device, all in `dtype`.
 
-    They are called like the originals and return float32, or float64 when `dtype` is that, under
-    autocast as well. Later changes of the originals do not reach them. Raises ValueError naming a
+    policy: a `GreedyPolicy`, `PenaltyPolicy` or `StaticPolicy`; None where there is none. The
+    copies are called like the originals, also under autocast; logits are float32, or float64 where
+    `dtype` is that. Later changes of the originals do not reach them. Raises ValueError naming a
     module that they have no twin for.
     """
     with torch.no_grad():
-        if isinstance(resnet, GatedResNet):
-            return DeployedGatedResNet(resnet, dtype), None
-        if isinstance(policy_net, PolicyAtPenalty):
-            return DeployedResNet(resnet, dtype), DeployedPolicyAtPenalty(policy_net, dtype)
-        return DeployedResNet(resnet, dtype), policy_net and DeployedPolicy(policy_net, dtype)
+        twin = DeployedGatedResNet if resnet.decides else DeployedResNet
+        return twin(resnet, dtype), policy and deploy_policy(policy, dtype)
+
+
+def deploy_policy(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The inference-only copy of a policy module; see `deploy`."""
+    if isinstance(policy, StaticPolicy):
+        return deepcopy(policy)
+    if isinstance(policy, GreedyPolicy):
+        return GreedyPolicy(DeployedPolicyNet(policy.policy_net, dtype))
+    if isinstance(policy, PenaltyPolicy):
+        return DeployedPenaltyPolicy(policy, dtype)
+    raise ValueError(
+        f"deploy takes a policy module, not a {type(policy).__name__}: wrap a policy network in "
+        "GreedyPolicy"
+    )
 
 
 def linear(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -47,6 +66,8 @@ def linear(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 class DeployedResNet(nn.Module):
     """A ResNet's inference-only twin; see `deploy`."""
+
+    decides = False
 
     def __init__(self, resnet: ResNet, dtype: torch.dtype):
         super().__init__()
@@ -80,13 +101,13 @@ class DeployedResNet(nn.Module):
                 x = block.full(x)
             x = torch.cat([x] * len(policy))
         if len(x) == 1:
-            x = self.alone(x, counts[start:], self.blocks[start:])
+            x = self.one_image(x, counts[start:], self.blocks[start:])
         else:
-            x = self.together(x, policy[..., start:].flatten(0, -2), counts[start:])
+            x = self.batch(x, policy[..., start:].flatten(0, -2), counts[start:])
         return self.head(x).unflatten(0, policy.shape[:-1])
 
     @staticmethod
-    def alone(x: Tensor, kept: list[int], blocks: list[Block]) -> Tensor:
+    def one_image(x: Tensor, kept: list[int], blocks: list[Block]) -> Tensor:
         """Blocks on a single image, whose rows need no gathering; kept: 0 or 1 a block."""
         for block, keep in zip(blocks, kept, strict=True):
             if keep:
@@ -95,7 +116,7 @@ class DeployedResNet(nn.Module):
                 x = block.shortcut(x)
         return x
 
-    def together(self, x: Tensor, policy: Tensor, counts: list[int]) -> Tensor:
+    def batch(self, x: Tensor, policy: Tensor, counts: list[int]) -> Tensor:
         """The last k blocks on a batch, by their part of its policies (B, k), kept by so many."""
         # on a GPU a look at the policies is a wait, and padded rows lie together only by chance
         looks = policy.device.type == "cpu" and self.row_multiple == 1 and len(policy) > 0
@@ -128,7 +149,7 @@ class DeployedResNet(nn.Module):
             return F.linear(x, *self.fc)
 
 
-class DeployedPolicy(nn.Module):
+class DeployedPolicyNet(nn.Module):
     """A policy network's inference-only twin; see `deploy`."""
 
     def __init__(self, policy_net: PolicyNet, dtype: torch.dtype):
@@ -143,27 +164,29 @@ class DeployedPolicy(nn.Module):
     @torch.inference_mode()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `PolicyNet.forward`."""
-        x = self.features(self.shrink(x))
+        x = self.look(x)
         with torch.autocast(x.device.type, enabled=False):
             return torch.sigmoid(F.linear(x, *self.logit)), F.linear(x, *self.vnet)
 
+    @torch.inference_mode()
+    def look(self, x: Tensor) -> Tensor:
+        """As `PolicyNet.look`."""
+        return self.features(self.shrink(x))
 
-class DeployedPolicyAtPenalty(nn.Module):
-    """The inference-only twin of a `PolicyAtPenalty`; its penalty may be set anew as well."""
 
-    def __init__(self, policy: PolicyAtPenalty, dtype: torch.dtype):
-        super().__init__()
-        self.num_blocks, self.penalty = policy.num_blocks, policy.penalty
-        self.shrink = policy.shrink
-        self.features = DeployedResNet(policy.features, dtype)
-        self.correctness = deepcopy(policy.correctness).to(self.features.wide)
+class DeployedPenaltyPolicy(PenaltyPolicy):
+    """The inference-only twin of a `PenaltyPolicy`; its penalty may be set anew as well."""
+
+    def __init__(self, policy: PenaltyPolicy, dtype: torch.dtype):
+        policy_net = DeployedPolicyNet(policy.policy_net, dtype)
+        confidence = deepcopy(policy.confidence).to(policy_net.features.wide)
+        super().__init__(policy_net, confidence, policy.penalty)
 
     @torch.inference_mode()
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As `PolicyAtPenalty.forward`."""
-        x = self.features(self.shrink(x))
-        with torch.autocast(x.device.type, enabled=False):
-            return choose(self.correctness(x), self)
+    def choose(self, features: Tensor) -> Tensor:
+        """As `PenaltyPolicy.choose`, in full precision under autocast too."""
+        with torch.autocast(features.device.type, enabled=False):
+            return super().choose(features)
 
 
 class DeployedGate:
@@ -185,6 +208,8 @@ class DeployedGate:
 
 class DeployedGatedResNet(nn.Module):
     """A ConvNet-AIG's inference-only twin, its gates deterministic; see `deploy`."""
+
+    decides = True
 
     def __init__(self, net: GatedResNet, dtype: torch.dtype):
         super().__init__()
