@@ -21,13 +21,13 @@ _ROOT = _Path(__file__).resolve().parent
 _SHIPPED = {
     "R32_C10": ("R32_C10", "cv/R32_C10/stage2/ckpt_*.t7"),
     "R32_C10_anytime": ("R32_C10", "cv/R32_C10/penalties/ckpt_*.t7"),
-    "R32_C10_distribute7": ("R32_C10", "cv/R32_C10/distribute7/ckpt_*.t7"),
+    "R32_C10_late8": ("R32_C10", "cv/R32_C10/late8/ckpt_*.t7"),
     "R32_C10_full": ("R32_C10", "cv/pretrained/R32_C10/pk_*.t7"),
     "R110_C10": ("R110_C10", "cv/R110_C10/stage2/ckpt_*.t7"),
     "R110_C10_anytime": (
         "R110_C10",
         "cv/R110_C10/curve/ckpt_*.t7",
-        "cv/R110_C10/base/pk_*.t7",
+        "cv/pretrained/R110_C10/pk_*.t7",
     ),
     "R110_C10_full": ("R110_C10", "cv/pretrained/R110_C10/pk_*.t7"),
     "AIG32_C10": ("AIG32_C10", "cv/AIG32_C10/target0.6/ckpt_*.t7"),
