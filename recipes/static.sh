@@ -11,8 +11,8 @@ for keep in 6 8 10; do
     profile "static$keep" --load "$OUT/static$keep"
 done
 
-# About as long as cv/R32_C10/base_older: 42 epochs, and 20 of a full and a shorter pass each. The
-# base itself has learned longer.
+# As many epochs as the base of recipes/R32_C10.sh: 42, and 24 of a full and a shorter pass each. The
+# base that is shipped has learned longer.
 stage R20 pretrain --model R20_C10 --max_epochs 66 --batch_size 128 --lr 0.1
 profile R20 --model R20_C10 --base "$OUT/R20"
 table

@@ -11,15 +11,15 @@ from conftest import ENV, ROOT, refused, script_module
 
 RECIPES = ["R32_C10", "static", "R32_C100", "R110_C10", "R110_C100", "paper", "AIG32_C10", "folder"]
 
-# Takes Python's place: notes a command and which of its files are not there, and leaves those that
-# it would write.
+# Takes Python's place: notes a command and which of its files are not there, shipped ones among
+# them, and leaves those that it would write.
 RECORDER = f"""#!{sys.executable}
 import json, os, pathlib, sys
 out, arguments = os.environ["OUT"], sys.argv[1:]
 missing = []
 for option, value in zip(arguments, arguments[1:]):
     path = pathlib.Path(value.partition("=")[2] or value)
-    if not str(path).startswith(out):
+    if not str(path).startswith((out, "cv/")):
         continue
     if option == "--cv_dir":
         path.mkdir(parents=True, exist_ok=True)
@@ -64,6 +64,17 @@ def test_recipe(recipe, commands, monkeypatch):
         if "--model" in arguments:
             monkeypatch.setattr(sys, "argv", arguments)
             script_module(arguments[0].removesuffix(".py")).parse_args()
+
+
+@pytest.mark.parametrize("recipe", ["R32_C10", "R32_C100"])
+def test_a_chain_begins_from_nothing_or_as_what_from_names(recipe, commands, monkeypatch):
+    (plain, _), (base, _) = commands(recipe)[:2]
+    assert "--pretrained" not in plain and "--routes" not in plain
+    assert base[base.index("--pretrained") + 1] == plain[plain.index("--cv_dir") + 1]
+    before = len(commands())
+    monkeypatch.setenv("FROM", "cv/pretrained/R8_C10")
+    first, _ = commands(recipe)[before]
+    assert first[first.index("--pretrained") + 1] == "cv/pretrained/R8_C10"
 
 
 def test_the_table_and_the_picture_of_figures(tmp_path):
