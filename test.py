@@ -69,7 +69,7 @@ def profile(trained: TrainedModel, test, dependence: bool = False) -> dict:
 DEPENDENCE = {
     "own": "own",
     "shuffled": "shuffled",
-    "common": "common",
+    "most_frequent": "most frequent",
     "static": "static, as many blocks",
     "static_same_flops": "static, same FLOPs",
 }

@@ -268,10 +268,10 @@ def add_dependence(report: Report, predicted: Predictions) -> None:
     found = predicted.dependence
     if not found:
         return
-    rows = {name: found[name] for name in ("own", "shuffled", "common", "static")}
+    rows = {name: found[name] for name in ("own", "shuffled", "most_frequent", "static")}
     rows["static, same FLOPs"] = found["static_same_flops"]
     by_difficulty = engine.dependence.by_difficulty(found)
-    kinds = {"own": "BlockDrop", "shuffled": "dealt", "common": "dealt"}
+    kinds = {"own": "BlockDrop", "shuffled": "shuffled", "most_frequent": "shuffled"}
     points = [
         (kinds.get(name, "static"), name, row["flops"], row["accuracy"])
         for name, row in rows.items()

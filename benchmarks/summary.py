@@ -24,7 +24,7 @@ SPEED = {"images/s": "{images_per_second:.0f}"}
 TIMED = {"ms/img": "{ms_per_image:.3f}", "speed-up": "{speed_up:.2f}"}  # of test.py --time
 DEALT = {  # of test.py --dependence
     "shuffled": "{shuffled[accuracy]:.3f}",
-    "common": "{common[accuracy]:.3f} at {common[blocks]:.0f}",
+    "most_frequent": "{most_frequent[accuracy]:.3f} at {most_frequent[blocks]:.0f}",
     "static, same FLOPs": "{static_same_flops[accuracy]:.3f} at {static_same_flops[blocks]:.1f}",
 }
 

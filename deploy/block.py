@@ -94,7 +94,7 @@ class Batch:
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.matrix = as_rows(self.images) if matrix is None else matrix
 
-    def take(self, rows: Tensor | range) -> "Batch":
+    def gather(self, rows: Tensor | range) -> "Batch":
         """A copy of some rows; of a range the rows themselves."""
         if isinstance(rows, range):
             span = slice(rows.start, rows.stop)
@@ -102,8 +102,8 @@ class Batch:
         matrix = self.matrix.index_select(0, rows)
         return Batch(as_images(matrix, self.images), matrix)
 
-    def put_(self, rows: Tensor | range, kept: "Batch") -> None:
-        """Write back what `take` gave."""
+    def scatter_(self, rows: Tensor | range, kept: "Batch") -> None:
+        """Write back what `gather` gave."""
         if not isinstance(rows, range):
             self.matrix.index_put_((rows,), kept.matrix)
 
@@ -154,7 +154,7 @@ class Block:
     def full(self, x: Tensor) -> Tensor:
         return self.run(x, x if self.is_identity else self.shortcut(x))
 
-    def passed(self, x: Tensor, rectify: bool) -> Tensor:
+    def dropped(self, x: Tensor, rectify: bool) -> Tensor:
         """The block for images that drop it; see `sparse`."""
         if self.is_identity:
             return x
@@ -166,15 +166,15 @@ class Block:
         With `rectify` a shortcut that computes something is followed by relu (ConvNet-AIG).
         """
         if len(rows) == 0:
-            return batch if self.is_identity else Batch(self.passed(batch.images, rectify))
+            return batch if self.is_identity else Batch(self.dropped(batch.images, rectify))
         passed = batch if self.is_identity else Batch(self.shortcut(batch.images))
         if len(rows) == len(batch.images):
             self.run(batch.images, passed.images)
             return passed
-        shortcut = passed.take(rows)
-        kept = shortcut if self.is_identity else batch.take(rows)
+        shortcut = passed.gather(rows)
+        kept = shortcut if self.is_identity else batch.gather(rows)
         self.run_part(kept.images, shortcut.images)
         if rectify and not self.is_identity:
             passed.images.relu_()
-        passed.put_(rows, shortcut)
+        passed.scatter_(rows, shortcut)
         return passed

@@ -122,15 +122,15 @@ class DeployedResNet(nn.Module):
         looks = policy.device.type == "cpu" and self.row_multiple == 1 and len(policy) > 0
         order = execution.nested_order(policy) if looks else None
         if order is not None:
-            x, policy = execution.take(x, order), policy[order]
+            x, policy = execution.gather(x, order), policy[order]
         rows = execution.kept_rows(policy, counts, self.row_multiple)
         if looks:
-            spans = execution.spans(policy, counts)
+            spans = execution.kept_spans(policy, counts)
             rows = [some if span is None else span for some, span in zip(rows, spans, strict=True)]
         batch = Batch(x)
         for block, some in zip(self.blocks[self.num_blocks - len(rows) :], rows, strict=True):
             batch = block.sparse(batch, some)
-        return batch.images if order is None else execution.take(batch.images, order.argsort())
+        return batch.images if order is None else execution.gather(batch.images, order.argsort())
 
     def stem(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype, memory_format=torch.channels_last)
@@ -236,7 +236,7 @@ class DeployedGatedResNet(nn.Module):
             if gate is None:
                 batch = Batch(block.full(batch.images))
             elif len(x) == 1:  # needs no gathering
-                run = block.full if keep else partial(block.passed, rectify=True)
+                run = block.full if keep else partial(block.dropped, rectify=True)
                 batch = Batch(run(batch.images))
             else:
                 rows = execution.open_rows(keep, self.resnet.row_multiple)

@@ -13,7 +13,7 @@ from . import loop
 from .data import Loader
 from .trained import TrainedModel
 
-DEALS = 3
+SHUFFLES = 3
 
 
 def measure(
@@ -27,7 +27,7 @@ def measure(
 
     policies (N, K) and correct (N,) are what the images of `test` have under their own ones, full
     (N,) whether all blocks recognise them, which is found out where it is not given.
-    "shuffled" deals the same policies to other images, the mean of DEALS deals; "common" is the
+    "shuffled" gives the same policies to other images, the mean of SHUFFLES; "most_frequent" is the
     most frequent policy for all; "static" is the best one of DistributeK, LateK and the candidates
     of the policy network, where it has some, with as many blocks, and "static_same_flops" with what
     deciding costs spent on blocks as well. Also how many blocks the images get that the full
@@ -44,15 +44,15 @@ def measure(
     cost = {"blocks": kept.mean().item()}
     blocks_flops = decision + (policies.double() @ static.per_block).mean().item()
     cost["flops"] = static.fixed + blocks_flops
-    deals = [accuracy(utils.shuffled(policies, seed), "shuffled") for seed in range(DEALS)]
+    shuffles = [accuracy(utils.shuffled(policies, seed), "shuffled") for seed in range(SHUFFLES)]
     if full is None:
         full = loop.correct_under(
             trained.resnet, torch.ones_like(policies), test, trained.args.precision, "full"
         )
     return {
         "own": {"accuracy": correct.double().mean().item(), **cost},
-        "shuffled": {"accuracy": statistics.mean(deals), **cost, "deals": deals},
-        "common": static.under(utils.most_frequent(policies), "common"),
+        "shuffled": {"accuracy": statistics.mean(shuffles), **cost, "each": shuffles},
+        "most_frequent": static.under(utils.most_frequent(policies), "most frequent"),
         "static": static.best(torch.ones_like(static.per_block), cost["blocks"]),
         "static_same_flops": static.best(static.per_block, blocks_flops),
         "full": {"accuracy": full.double().mean().item(), "blocks": trained.config.num_blocks},

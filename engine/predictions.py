@@ -66,7 +66,7 @@ class Predictions:
         cache = checkpoint.newest(self.path).with_suffix(".predictions.pt")
         networks = filter(None, (self.trained.resnet, self.trained.policy))
         key = [weights.fingerprint(network) for network in networks]
-        key += [self.test.fingerprint(), self.trained.args.precision]
+        key += ["2", self.test.fingerprint(), self.trained.args.precision]
         key += [
             self.trained.args.penalty,
             self.config.image_size,

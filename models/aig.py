@@ -122,6 +122,6 @@ def dense(branch: nn.Module, shortcut: nn.Module, x: Tensor, gate: Tensor) -> Te
 
 def sparse(branch: nn.Module, shortcut: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
     """The same, computed for the images whose gate is open; for evaluation."""
-    x = execution.sparse_block(branch, shortcut, x, rows)
+    x = execution.kept_block(branch, shortcut, x, rows)
     # a closed gate in front of a projection leaves shortcut(x), which may be negative
     return x if isinstance(shortcut, nn.Identity) else F.relu(x)

@@ -59,7 +59,7 @@ def kept_rows(policy: Tensor, counts: list[int] | None = None, multiple: int = 1
     return [rows[:size] for rows, size in zip(order, sizes, strict=True)]
 
 
-def spans(policy: Tensor, counts: list[int]) -> list[range | None]:
+def kept_spans(policy: Tensor, counts: list[int]) -> list[range | None]:
     """For each of the K blocks the rows that keep it, where they lie together; policy: (B, K).
 
     Such rows are read and written where they are, without gathering. counts: see `kept_counts`.
@@ -120,14 +120,14 @@ def as_images(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(like.dtype).view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
-def take(x: Tensor, rows: Tensor) -> Tensor:
+def gather(x: Tensor, rows: Tensor) -> Tensor:
     """x[rows], channels_last: `index_select` on x itself would lose that layout, and every
     convolution after it would convert its input.
     """
     return as_images(as_rows(x).index_select(0, rows), x)
 
 
-def put_(x: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
+def scatter_(x: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
     """x[rows] = kept, in place."""
     kept = kept.to(x.dtype)
     if not x.is_contiguous(memory_format=torch.channels_last):
@@ -136,10 +136,10 @@ def put_(x: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
     return x
 
 
-class Split(torch.autograd.Function):
+class GatherRows(torch.autograd.Function):
     """x -> (x, x[rows]), the way into a block that only `rows` of the batch keep.
 
-    Only `Merge`, or nothing, may consume the first output, with the same rows: its gradient's
+    Only `ScatterRows`, or nothing, may consume the first output, with the same rows: its gradient's
     `rows` are then void and are overwritten here, which spares a zero-filled tensor and an addition
     a block.
     """
@@ -147,51 +147,53 @@ class Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows)
-        return x.view_as(x), take(x, rows)
+        return x.view_as(x), gather(x, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_rest: Tensor, grad_kept: Tensor):
         (rows,) = ctx.saved_tensors
-        return put_(grad_rest.contiguous(memory_format=torch.channels_last), rows, grad_kept), None
+        return scatter_(
+            grad_rest.contiguous(memory_format=torch.channels_last), rows, grad_kept
+        ), None
 
 
-class Merge(torch.autograd.Function):
+class ScatterRows(torch.autograd.Function):
     """(rest, rows, kept) -> rest with its `rows` replaced by `kept`, the way out of a block."""
 
     @staticmethod
     def forward(ctx, rest: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.kept_dtype = kept.dtype
-        return put_(rest.clone(memory_format=torch.channels_last), rows, kept)
+        return scatter_(rest.clone(memory_format=torch.channels_last), rows, kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (rows,) = ctx.saved_tensors
-        # a copy, because Split writes into it and others may hold this gradient
+        # a copy, because GatherRows writes into it and others may hold this gradient
         rest = grad.clone(memory_format=torch.channels_last)
-        return rest, None, take(rest, rows).to(ctx.kept_dtype)
+        return rest, None, gather(rest, rows).to(ctx.kept_dtype)
 
 
-def sparse_block(branch: nn.Module, shortcut: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+def kept_block(branch: nn.Module, shortcut: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
     """One block on the `rows` of x that keep it, its shortcut on the others."""
     if len(rows) == len(x):
         return block(branch, shortcut, x)
     if len(rows) == 0:
         return shortcut(x)
     if isinstance(shortcut, nn.Identity):
-        rest, kept = Split.apply(x, rows)
-        return Merge.apply(rest, rows, block(branch, shortcut, kept))
-    rest, kept = Split.apply(shortcut(x), rows)
-    branched = branch(Split.apply(x, rows)[1])
-    return Merge.apply(rest, rows, F.relu(branched.add_(kept), inplace=True))
+        rest, kept = GatherRows.apply(x, rows)
+        return ScatterRows.apply(rest, rows, block(branch, shortcut, kept))
+    rest, kept = GatherRows.apply(shortcut(x), rows)
+    branched = branch(GatherRows.apply(x, rows)[1])
+    return ScatterRows.apply(rest, rows, F.relu(branched.add_(kept), inplace=True))
 
 
 def sparse(units: Sequence[Unit], x: Tensor, kept: Sequence[Tensor]) -> Tensor:
     """All blocks, each run on the rows of x that keep it, by `kept_rows`."""
     for (branch, shortcut), rows in zip(units, kept, strict=True):
-        x = sparse_block(branch, shortcut, x, rows)
+        x = kept_block(branch, shortcut, x, rows)
     return x
 
 
@@ -199,6 +201,6 @@ def masked(units: Sequence[Unit], x: Tensor, policy: Tensor) -> Tensor:
     """All blocks, each run on every row and then selected by the policy."""
     keep = policy.bool()
     for k, (branch, shortcut) in enumerate(units):
-        passed = shortcut(x)
-        x = torch.where(keep[:, k, None, None, None], F.relu(passed + branch(x)), passed)
+        dropped = shortcut(x)
+        x = torch.where(keep[:, k, None, None, None], F.relu(dropped + branch(x)), dropped)
     return x

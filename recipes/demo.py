@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import UserError, device, options, run_script, user_errors  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = "cv/R32_C10/base"  # serves every route
+BASE = "cv/pretrained/R32_C10"  # serves every route
 CLASSIFIER = "cv/pretrained/R8_C10"  # what the policy network starts from
 PENALTIES = (-0.5, -2, -5, -15, -50)  # that stage 1's one network is asked to choose for
 TEST_IMAGES = 10_000

@@ -66,11 +66,11 @@ def test_dependence_on_the_image(kind):
     found = engine.dependence.measure(trained, Loader(), policies, correct)
     own, shuffled = found["own"]["accuracy"], found["shuffled"]["accuracy"]
     if kind == "constant":
-        assert own == shuffled == found["common"]["accuracy"] == 1
+        assert own == shuffled == found["most_frequent"]["accuracy"] == 1
     elif kind == "random":
         assert abs(own - shuffled) < 0.02 and own < 0.1
     else:
-        assert own == 1 and shuffled < 0.1 and found["common"]["accuracy"] < 0.1
+        assert own == 1 and shuffled < 0.1 and found["most_frequent"]["accuracy"] < 0.1
 
     def mixed(blocks):
         """The better one of both kinds, its images shared out between two neighbouring policies."""
@@ -145,9 +145,9 @@ def test_dependence_is_printed_and_kept(run, common, base_file, stage_1, tmp_pat
     load = ["--base", base_file, "--load", named(stage_1)[1]]
     status, out, err = run("test", *common, *load, "--dependence", "--json", figures)
     assert status == 0, err
-    assert len(re.findall(r"(?:own|shuffled|common|static, .*): +0\.\d+ \| \d", out)) == 5
+    assert len(re.findall(r"(?:own|shuffled|most frequent|static, .*): +0\.\d+ \| \d", out)) == 5
     found = json.loads(figures.read_text())
     assert found["dependence"]["own"]["accuracy"] == found["accuracy"]
     assert found["dependence"]["own"]["flops"] == pytest.approx(found["flops"])
-    assert metrics(stage_1)[-1].keys() >= {"test_shuffled", "test_common"}
+    assert metrics(stage_1)[-1].keys() >= {"test_shuffled", "test_most_frequent"}
     refused(run("test", *common, "--base", base_file, "--dependence"), "--dependence")

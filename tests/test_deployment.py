@@ -50,11 +50,13 @@ def test_nested_policies_need_no_gathering(pair, dtype, monkeypatch):
     resnet, _, size = pair
     fast, _ = models.deploy(resnet, dtype=dtype)
     gathered = []
-    monkeypatch.setattr(
-        deployed_block.Batch, "put_", lambda self, rows, kept, put=deployed_block.Batch.put_: (
-            gathered.append(not isinstance(rows, range)), put(self, rows, kept)
-        ),
-    )  # fmt: skip
+    scatter = deployed_block.Batch.scatter_
+
+    def watched(self, rows, kept):
+        gathered.append(not isinstance(rows, range))
+        scatter(self, rows, kept)
+
+    monkeypatch.setattr(deployed_block.Batch, "scatter_", watched)
     x = torch.randn(2 * 8, 3, size, size, dtype=torch.float64)
     ours = x if dtype == torch.float64 else x.float()
     depth = torch.randint(resnet.num_blocks + 1, (len(x), 1))
@@ -103,12 +105,12 @@ def test_an_order_for_nested_policies():
     nested = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1.0]])
     order = execution.nested_order(nested)
     assert order.tolist() == [1, 3, 0, 2]
-    spans = execution.spans(nested[order], execution.kept_counts(nested))
+    spans = execution.kept_spans(nested[order], execution.kept_counts(nested))
     assert spans == [range(1), range(2), range(3)]
     apart = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 0.0]])
     assert execution.nested_order(apart) is None
     counts = execution.kept_counts(apart)
-    assert execution.spans(apart, counts) == [None, range(1, 2), range(1)]
+    assert execution.kept_spans(apart, counts) == [None, range(1, 2), range(1)]
     assert execution.nested_order(torch.ones(3, 2)) is None  # nothing to gain
 
 

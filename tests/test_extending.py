@@ -28,7 +28,7 @@ def extended(tmp_path):
     def apply(title):
         copy = tmp_path / "copy"
         ignored = shutil.ignore_patterns("*.t7", "*.pt", ".venv", ".git", "__pycache__")
-        for name in ("engine", "models", "visual"):
+        for name in ("deploy", "engine", "models", "visual"):
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
         for script in ROOT.glob("*.py"):
             shutil.copy(script, copy)

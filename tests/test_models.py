@@ -247,7 +247,8 @@ def test_a_policy_network_may_look_at_fewer_pixels():
     features = policy_net.features(means)
     expected = torch.sigmoid(policy_net.logit(features))
     torch.testing.assert_close(policy_net(x)[0], expected)
-    _, fast = models.deploy(models.build("R14_C10")[0], policy_net, torch.float64)
-    torch.testing.assert_close(fast(x)[0], expected)
+    policy = models.GreedyPolicy(policy_net)
+    _, fast = models.deploy(models.build("R14_C10")[0], policy, torch.float64)
+    torch.testing.assert_close(fast.policy_net(x)[0], expected)
     with pytest.raises(ValueError, match="32 or 16 pixels, not 8"):
         policy_net.look_at(8)

@@ -83,7 +83,7 @@ def test_the_table_and_the_picture_of_figures(tmp_path):
              "block_usage": 15.0, "block_usage_std": 0.0, "flops": 1.4e8, "flops_std": 0.0,
              "unique_policies": 1, "images_per_second": 9.0}  # fmt: skip
     other = {"accuracy": 0.8, "blocks": 7.0, "flops": 7e7}
-    names = ("own", "shuffled", "common", "static", "static_same_flops")
+    names = ("own", "shuffled", "most_frequent", "static", "static_same_flops")
     rows = [plain, plain | {"load": "a", "policy": "first:8"}]
     rows += [
         plain | {"load": "b", "penalty": penalty, "unique_policies": 3, "flops": flops,

@@ -238,13 +238,13 @@ MARKERS = {
 
 DEALT = {  # what `test.py --dependence` compares with, one network's other ways to decide
     "shuffled": "dealt to other images",
-    "common": "most frequent policy for all",
+    "most_frequent": "most frequent policy for all",
     "static_same_flops": "static, same network",
 }
 LINES = {  # what a curve's label begins with -> its style
     "one network": ("o-", BLUE),
     DEALT["shuffled"]: ("v--", BLUE),
-    DEALT["common"]: ("s:", BLUE),
+    DEALT["most_frequent"]: ("s:", BLUE),
     DEALT["static_same_flops"]: ("^-", ORANGE),
     "published: MSDNet": ("*--", PURPLE),
     "published": ("x--", GRAY),
