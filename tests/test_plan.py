@@ -1,0 +1,70 @@
+"""What a run goes on from, decided without a run."""
+
+from argparse import Namespace
+
+import pytest
+
+import models
+from engine import UserError, checkpoint, resume
+
+CONFIG = models.config("R14_C10")
+
+
+def options(**given):
+    plain = {"load": None, "cv_dir": None, "resume": False, "max_epochs": 5, "penalty": -1.0}
+    plain |= {"batch_size": 20, "subset": None, "val_split": 0, "seed": 0}
+    return Namespace(**plain | {"precision": "fp32", "micro_batch": None} | given)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A directory that holds a run of stage 1 with two epochs done, inside the third."""
+    _, policy_net = models.build("R14_C10")
+    content = {"agent": policy_net.state_dict(), "stage": 1, "epoch": 2, "model": "R14_C10"}
+    content |= {"args": vars(options()), "base": "a base", "steps_done": 3, "partial": {}}
+    checkpoint.write(content, tmp_path / checkpoint.LAST)
+    return tmp_path
+
+
+def test_a_new_run_begins_where_it_is_told(tmp_path):
+    plan = resume.plan(options(cv_dir=str(tmp_path)), 1, CONFIG, "cv/tmp/")
+    assert (plan.cv_dir, plan.load, plan.source) == (tmp_path, None, None)
+    assert plan.progress() == (0, 0, {}) and plan.extras() == {} and plan.notes == ()
+    assert str(resume.plan(options(), 1, CONFIG, "cv/tmp/").cv_dir) == "cv/tmp"
+
+
+@pytest.mark.parametrize("how", ["load", "resume", "restart"])
+def test_a_run_goes_on_in_its_directory(begun, how):
+    given = {"load": {"load": str(begun)}, "resume": {"cv_dir": str(begun), "resume": True}}
+    args = options(**given.get(how, {"cv_dir": str(begun)}))
+    plan = resume.plan(args, 1, CONFIG, "cv/tmp/", was_restarted=how == "restart")
+    assert (plan.cv_dir, plan.load, plan.source) == (begun, str(begun), begun)
+    assert plan.progress() == (2, 3, {}) and plan.extras() == {"base": "a base"}
+
+
+def test_another_directory_tells_what_is_changed(begun, tmp_path):
+    args = options(load=str(begun), cv_dir=str(tmp_path / "new"), penalty=-3.0, precision="bf16")
+    plan = resume.plan(args, 1, CONFIG, "cv/tmp/")
+    assert plan.cv_dir == tmp_path / "new" and plan.source == begun
+    assert plan.notes == ("--penalty -3.0 (was -1.0)", "--precision bf16 (was fp32)")
+
+
+@pytest.mark.parametrize(
+    "given, stage, why",
+    [
+        ({"load": "HERE", "penalty": -3.0}, 1, "was begun with --penalty -1.0, not -3.0"),
+        ({"load": "HERE", "batch_size": 40, "cv_dir": "new"}, 1, "inside an epoch of --batch_size"),
+        ({"load": "HERE"}, 2, "a stage-1 checkpoint cannot be continued here"),
+        ({"cv_dir": "HERE"}, 1, "already holds a run"),
+    ],
+)
+def test_what_would_lose_something_is_refused(begun, given, stage, why):
+    given = {name: str(begun) if value == "HERE" else value for name, value in given.items()}
+    with pytest.raises(UserError, match=why):
+        resume.plan(options(**given), stage, CONFIG, "cv/tmp/")
+    assert [path.name for path in begun.iterdir()] == [checkpoint.LAST]
+
+
+def test_a_finished_run_is_only_told_of(begun):
+    plan = resume.plan(options(load=str(begun), max_epochs=2, penalty=-9.0), 1, CONFIG, "cv/tmp/")
+    assert plan.progress()[0] == 2 and plan.notes == ()
