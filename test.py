@@ -32,8 +32,8 @@ def parse_args():
     add(
         "--dependence",
         action="store_true",
-        help="also say what the policies owe to the image: accuracy where they are dealt to other "
-        "images, where all get the most frequent one, and under static ones",
+        help="also say what the policies owe to the image: accuracy where they are shuffled over "
+        "the images, where all get the most frequent one, and under static ones",
     )
     add("--json", type=Path, help="also write the figures, unrounded, to this file")
     return parser.parse_args()

@@ -71,9 +71,9 @@ def draw(rows: list[dict], path: Path) -> None:
             own += f", {Path(row['load']).name}"
         curves.setdefault(own, []).append((row["flops"], row["accuracy"]))
         for name, found in row.get("dependence", {}).items():
-            if name in figures.DEALT:
+            if name in figures.OTHER_WAYS:
                 point = found["flops"], found["accuracy"]
-                curves.setdefault(figures.DEALT[name], []).append(point)
+                curves.setdefault(figures.OTHER_WAYS[name], []).append(point)
     if all(row["model"].endswith("_C10") for row in rows):
         curves |= published.ANYTIME
     figures.trade_off(points, "FLOPs an image", curves).savefig(path, dpi=160)

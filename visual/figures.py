@@ -229,23 +229,23 @@ def class_change(ours: ndarray, full: ndarray, names: Sequence[str]) -> Figure:
 MARKERS = {
     "full ResNet": ("s", "black"),
     "BlockDrop": ("o", BLUE),
-    "dealt": ("v", BLUE),
+    "shuffled": ("v", BLUE),
     "static": ("^", ORANGE),
     "ConvNet-AIG": ("D", GREEN),
     "published": ("*", PURPLE),
 }
 
 
-DEALT = {  # what `test.py --dependence` compares with, one network's other ways to decide
-    "shuffled": "dealt to other images",
+OTHER_WAYS = {  # what `test.py --dependence` compares with, one network's other ways to decide
+    "shuffled": "shuffled over the images",
     "most_frequent": "most frequent policy for all",
     "static_same_flops": "static, same network",
 }
 LINES = {  # what a curve's label begins with -> its style
     "one network": ("o-", BLUE),
-    DEALT["shuffled"]: ("v--", BLUE),
-    DEALT["most_frequent"]: ("s:", BLUE),
-    DEALT["static_same_flops"]: ("^-", ORANGE),
+    OTHER_WAYS["shuffled"]: ("v--", BLUE),
+    OTHER_WAYS["most_frequent"]: ("s:", BLUE),
+    OTHER_WAYS["static_same_flops"]: ("^-", ORANGE),
     "published: MSDNet": ("*--", PURPLE),
     "published": ("x--", GRAY),
 }
