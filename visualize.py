@@ -277,10 +277,10 @@ def add_dependence(report: Report, predicted: Predictions) -> None:
         for name, row in rows.items()
     ]
     add_points(report, "dependence", "What the decisions owe to the image",
-        "Own: each image under its own policy. Shuffled: the same policies shuffled over the images. "
-        "Most frequent: that policy for all. Static: the best one of DistributeK, LateK and the "
-        "policy network's candidates with as many blocks, and with what deciding costs spent on "
-        "blocks as well. All on the same network. "
+        "Own: each image under its own policy. Shuffled: the same, over other images. "
+        "Most frequent: that policy for all. Static: the best one of DistributeK, LateK and "
+        "the policy network's candidates with as many blocks, and with what deciding costs spent "
+        "on blocks as well. All on the same network. "
         f"Mean blocks of images that the full network gets {by_difficulty}.",
         points, "FLOPs an image", "{:.3g}")  # fmt: skip
 
