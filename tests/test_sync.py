@@ -38,7 +38,7 @@ NO_WAITS = {
     ("utils.py", "penalty_between"): "of a batch's noise, which is drawn on the host",
     ("utils.py", "random_route"): "the same",
     ("execution.py", "nested_order"): "asked on a CPU only, as the fake tensors show",
-    ("execution.py", "spans"): "the same",
+    ("execution.py", "kept_spans"): "the same",
 }
 
 
