@@ -2,8 +2,9 @@
 
     python benchmarks/summary.py NAME=FILE.json [NAME=FILE.json ...] [--picture FILE]
 
-Rows with --dependence say what the policies owe to the image. In the picture, accuracy against
-FLOPs an image, the rows of one checkpoint under several penalties make a curve.
+Rows with --time say how fast they run deployed, each beside the full network on the same images;
+those with --dependence, what the policies owe to the image. In the picture, accuracy against FLOPs
+an image, the rows of one checkpoint under several penalties make a curve.
 """
 
 import json
@@ -20,7 +21,6 @@ COLUMNS = {
     "FLOPs/img": "{flops:.2E} ± {flops_std:.2E}",
     "policies": "{unique_policies}",
 }
-SPEED = {"images/s": "{images_per_second:.0f}"}
 TIMED = {"ms/img": "{ms_per_image:.3f}", "speed-up": "{speed_up:.2f}"}  # of test.py --time
 DEALT = {  # of test.py --dependence
     "shuffled": "{shuffled[accuracy]:.3f}",
@@ -36,15 +36,21 @@ def parse_args():
     return parser.parse_args()
 
 
+def cells(form: dict[str, str], figures: dict | None) -> list[str]:
+    """One row's part of the table, empty where it has no such figures."""
+    return [text.format(**figures) if figures else "" for text in form.values()]
+
+
 def print_table(rows: list[dict]) -> None:
-    columns = COLUMNS | (TIMED if all("speed_up" in row for row in rows) else SPEED)
-    lines = [[form.format(**row) for form in columns.values()] for row in rows]
-    if any("dependence" in row for row in rows):
-        columns |= DEALT
-        for row, line in zip(rows, lines, strict=True):
-            found = row.get("dependence")
-            line += [form.format(**found) if found else "" for form in DEALT.values()]
-    print(table(list(columns), lines))
+    parts = [
+        (COLUMNS, rows),
+        (TIMED, [row if "speed_up" in row else None for row in rows]),
+        (DEALT, [row.get("dependence") for row in rows]),
+    ]
+    parts = [(form, found) for form, found in parts if any(found)]
+    header = [title for form, _ in parts for title in form]
+    lines = [sum((cells(form, found[i]) for form, found in parts), []) for i in range(len(rows))]
+    print(table(header, lines))
 
 
 def kind(row: dict) -> str:
