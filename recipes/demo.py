@@ -1,211 +1,112 @@
-"""The whole method on real CIFAR-10 within minutes, on any processor: what `make demo` runs.
+"""The whole method on real CIFAR-10, on any processor: what `make demo` runs.
 
-From a shipped base that serves every route, stage 1 learns one policy network for every penalty,
-and stage 2 trains both networks for one. A rehearsal on a few images tells how fast this machine
-is. From that follows on how many images the stages are trained, and a forecast, which the last line
-sets beside the time it took.
+From the base that comes with the repository, stage 1 learns one policy network for every penalty,
+and stage 2 trains both networks for one. The sizes are fixed, so that the result is as good on a
+slow or busy machine. How long that takes there, the forecast at the beginning tells.
 """
 
-import json
-import math
+import os
 import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from engine import UserError, device, options, run_script, user_errors  # noqa: E402
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = "cv/pretrained/R32_C10"  # serves every route
-CLASSIFIER = "cv/pretrained/R8_C10"  # what the policy network starts from
+sys.path.insert(0, str(ROOT))
+
+import models  # noqa: E402
+from engine import Shard, UserError, device, options, run_script, user_errors  # noqa: E402
+from finetune import train_step  # noqa: E402
+
+MODEL = "R32_C10"
+TRAINING = "--subset 20000 --batch_size 128 --schedule cosine --penalty -10".split()
+POLICY = "--policy_size 16 --policy_init cv/pretrained/R8_C10".split()
+STAGE_1 = "--max_epochs 8 --warm_start 8 --test_every 8 --lr 3e-3".split()
+STAGE_2 = "--max_epochs 3 --test_every 3 --resnet_lr 0.005".split()
 PENALTIES = (-0.5, -2, -5, -15, -50)  # that stage 1's one network is asked to choose for
-TEST_IMAGES = 10_000
-REHEARSED = 1024  # images an epoch of a rehearsal
-FEWEST = 512  # images an epoch, however slow the machine
 DEALT_AT = -5  # the one of them whose policies are dealt to other images as well
-DEALT = 13  # evaluations more that test.py --dependence takes, as a rule
-RESERVE = 0.9  # of the time left is planned for
+
+BATCH, STEPS = 128, 3  # of the measurement
+# of the whole: seconds that it takes at any pace (test.py --time), and images that cost the rest
+FIXED, IMAGES = 330, 150_000
+say = partial(print, flush=True)  # in order with what the scripts say
 
 
-@dataclass
-class Stage:
-    """One training: its command, and how many images it learns from where there is time enough."""
+def measure(precision: str) -> dict[int, float]:
+    """Images a second of steps like stage 2's, under one thread and under all."""
+    place = device.pick()
+    resnet, policy_net = (device.place(network, place) for network in models.build(MODEL, 10))
+    images = torch.randn(BATCH, 3, 32, 32, device=place)
+    labels, args = images.new_zeros(BATCH).long(), Namespace(penalty=-10, alpha=0.8)
 
-    name: str
-    command: list[str]
-    images: int
-    epochs: int
-    test_every: int
+    def step(number: int) -> None:
+        shard = Shard(0, BATCH, BATCH, step=number)
+        with device.autocast(place, precision):
+            train_step(policy_net, resnet, images, labels, shard, args)[0].backward()
 
-
-@dataclass
-class Pace:
-    """How fast this machine is at one stage, in seconds."""
-
-    start: float  # until the first epoch begins, and after the last
-    image: float  # learned from once
-
-
-def stages() -> list[Stage]:
-    base = ["--base", BASE, "--batch_size", "128", "--schedule", "cosine"]
-    policy = ["--policy_size", "16", "--policy_init", CLASSIFIER]
-    return [
-        Stage(
-            "stage 1",
-            ["cl_training.py", *base, *policy, *"--warm_start 8 --lr 3e-3 --penalty -10".split()],
-            images=20_000,
-            epochs=8,
-            test_every=8,
-        ),
-        Stage(
-            "stage 2",
-            ["finetune.py", *base, "--resnet_lr", "0.005", "--penalty", "-10", "--pretrained"],
-            images=20_000,
-            epochs=3,
-            test_every=3,
-        ),
-    ]
+    every = torch.get_num_threads()
+    seconds = {1: [], every: []} if place.type == "cpu" else {every: []}  # a GPU needs no choice
+    for number in range(1 + STEPS):  # in turn, so that other work disturbs both alike
+        for threads, spent in seconds.items():
+            torch.set_num_threads(threads)
+            spent.append(device.timed(partial(step, number), place))
+    return {n: STEPS * BATCH / sum(spent[1:]) for n, spent in seconds.items()}  # the first warms up
 
 
-def size(stage: Stage, share: float) -> int:
-    """Images an epoch at a share of the stage's whole size."""
-    return max(FEWEST, round(stage.images * share))
+def plan(paces: dict[int, float]) -> tuple[int, bool, float]:
+    """The fastest number of threads, whether the machine is busy, and the forecast in seconds.
 
-
-def seconds_of(stage: Stage, pace: Pace, images: int, test_image: float) -> float:
-    tests = math.ceil(stage.epochs / stage.test_every)
-    # under the policies, and dealt in two ways; --subset cuts test images too
-    evaluation = 3 * tests * min(images, TEST_IMAGES) * test_image
-    return pace.start + stage.epochs * images * pace.image + evaluation
-
-
-def plan(
-    todo: list[Stage], paces: list[Pace], test_image: float, left: float
-) -> tuple[list[int], float]:
-    """How many images each stage learns from in an epoch, and the forecast in seconds.
-
-    test_image: seconds to evaluate an image. left: seconds to plan for. All stages are cut by the
-    same share, none below FEWEST images, whose time the forecast tells all the same.
+    Threads that share a core with other work wait for each other in every kernel. So where one
+    thread is as fast as all, it is better alone, and the machine is busy.
     """
-
-    def total(share: float) -> float:
-        return sum(
-            seconds_of(stage, pace, size(stage, share), test_image)
-            for stage, pace in zip(todo, paces, strict=True)
-        )
-
-    share = next(
-        (percent / 100 for percent in range(100, 0, -1) if total(percent / 100) <= left), 0
-    )
-    return [size(stage, share) for stage in todo], total(share)
-
-
-class Demo:
-    """Runs the scripts in turn, as a user would, and keeps what they leave."""
-
-    def __init__(self, out: Path, common: list[str]):
-        self.out, self.common = out, common
-
-    def run(self, command: list[str], quiet: bool = False) -> float:
-        """One script under the options of all; its seconds."""
-        return self.call([command[0], *self.common, *command[1:]], quiet)
-
-    def call(self, command: list[str], quiet: bool = False) -> float:
-        """One script; its seconds. Raises UserError where it fails."""
-        print("$ python " + shlex.join(command), flush=True)
-        start = time.perf_counter()
-        result = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL if quiet else None
-        )
-        if result.returncode:  # it has said why
-            raise UserError(f"{command[0]} ended with status {result.returncode}")
-        return time.perf_counter() - start
-
-    def figures(self, name: str) -> Path:
-        return self.out / f"{name.replace(' ', '')}.json"
-
-    def profile(self, name: str, *where: str) -> tuple[float, dict]:
-        """test.py's figures, and the seconds it took."""
-        path = self.figures(name)
-        seconds = self.run(["test.py", *where, "--json", str(path)])
-        return seconds, json.loads(path.read_text())
-
-    def train(self, stage: Stage, before: Path, images: int, rehearsal: bool = False) -> Path:
-        folder = self.out / ("rehearsal" if rehearsal else "") / stage.name.replace(" ", "")
-        command = [*stage.command]
-        if command[-1] == "--pretrained":
-            command.append(str(before / "last.t7"))
-        command += ["--cv_dir", str(folder), "--subset", str(images)]
-        epochs, test_every = (2, 1000) if rehearsal else (stage.epochs, stage.test_every)
-        command += ["--max_epochs", str(epochs), "--test_every", str(test_every)]
-        self.run(command, quiet=rehearsal)
-        return folder
-
-    def rehearse(self, stage: Stage, before: Path, test_image: float) -> tuple[Path, Pace]:
-        """Two epochs of a few images; the first also warms up."""
-        began = time.perf_counter()
-        folder = self.train(stage, before, REHEARSED, rehearsal=True)
-        whole = time.perf_counter() - began
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        epochs = [json.loads(line)["seconds"] for line in lines]
-        trained = max(epochs[-1] - 3 * REHEARSED * test_image, 0.5 * epochs[-1])
-        return folder, Pace(whole - sum(epochs), trained / REHEARSED)
-
-
-def parse_args():
-    parser = options.Parser(description=__doc__)
-    add = parser.add_argument
-    add("--minutes", type=options.positive, default=11.0, help="to plan for, set-up not included")
-    add("--out", type=Path, default=Path("cv/demo"), help="directory that the demo writes into")
-    return parser.parse_known_args()  # what is left over goes to every script
+    threads = max(sorted(paces), key=paces.get)
+    return threads, threads < max(paces), FIXED + IMAGES / paces[threads]
 
 
 def main() -> None:
     began = time.perf_counter()
-    args, rest = parse_args()
+    parser = options.Parser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("cv/demo"), help="directory to write into")
+    args, rest = parser.parse_known_args()  # what is left over goes to every script
     with user_errors(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-    demo = Demo(args.out, ["--model", "R32_C10", "--precision", device.fast_precision(), *rest])
+    common = ["--model", MODEL, "--precision", device.fast_precision()]
+    threads, busy, forecast = plan(measure(common[-1]))
+    if busy:
+        say("This machine is busy: one thread is as fast as all of them.")
+    say(f"forecast: {forecast / 60:.1f} minutes with OMP_NUM_THREADS={threads}")
 
-    print("== the full ResNet-32, as it comes with the repository", flush=True)
-    test_seconds, full = demo.profile("full", "--base", BASE)
-    test_image = 1 / full["images_per_second"]
+    def call(*words: object) -> None:
+        command = [str(word) for word in words]
+        say("$ python " + shlex.join(command))
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        if status := subprocess.run([sys.executable, *command], cwd=ROOT, env=env).returncode:
+            raise UserError(f"{command[0]} ended with status {status}")  # it has said why
 
-    print("== how fast is this machine? Both stages on a few images", flush=True)
-    todo, paces, before = stages(), [], args.out
-    for stage in todo:
-        before, pace = demo.rehearse(stage, before, test_image)
-        paces.append(pace)
-        print(f"   {stage.name}: {1 / pace.image:.0f} images/s", flush=True)
-    spent = time.perf_counter() - began
-    tests = (len(PENALTIES) + 1) * test_seconds + 2 * DEALT * full["images"] * test_image
-    left = 60 * args.minutes - spent - tests
-    images, trainings = plan(todo, paces, test_image, RESERVE * left)
-    forecast = spent + trainings + tests
-    for stage, count in zip(todo, images, strict=True):
-        print(f"   {stage.name}: {stage.epochs} epochs of {count} images")
-    print(f"   forecast: {forecast / 60:.1f} minutes in all, {spent / 60:.1f} of them gone")
+    def profile(name: str, *words: object) -> str:
+        figures = args.out / f"{name.replace(' ', '')}.json"
+        call("test.py", *common, "--time", *words, "--json", figures, *rest)
+        return f"{name}={figures}"
 
-    warm, joint = todo
-    print("== stage 1: one policy network for every penalty", flush=True)
-    policy = demo.train(warm, args.out, images[0])
-    names = ["full"]
+    say("== the full ResNet-32, as it comes with the repository")
+    rows = [profile("full")]
+    say("== stage 1: one policy network for every penalty")
+    policy, tuned = args.out / "stage1", args.out / "stage2"
+    call("cl_training.py", *common, *TRAINING, *POLICY, *STAGE_1, "--cv_dir", policy, *rest)
     for penalty in PENALTIES:
-        names.append(f"penalty {penalty}")
-        where = ["--base", BASE, "--load", str(policy), "--penalty", str(penalty)]
-        demo.profile(names[-1], *where, *(["--dependence"] if penalty == DEALT_AT else []))
-    print("== stage 2: both networks for one penalty", flush=True)
-    tuned = demo.train(joint, policy, images[1])
-    demo.profile("stage 2", "--load", str(tuned), "--dependence")
-    names.append("stage 2")
-    rows = [f"{name}={demo.figures(name)}" for name in names]
-    demo.call(["benchmarks/summary.py", *rows])
-    took = time.perf_counter() - began
-    print(f"took {took / 60:.1f} minutes, forecast {forecast / 60:.1f}")
+        dealt = ["--dependence"] if penalty == DEALT_AT else []
+        rows.append(profile(f"penalty {penalty}", "--load", policy, "--penalty", penalty, *dealt))
+    say("== stage 2: both networks for one penalty")
+    where = ["--pretrained", policy, "--cv_dir", tuned]
+    call("finetune.py", *common, *TRAINING, *STAGE_2, *where, *rest)
+    rows.append(profile("stage 2", "--load", tuned, "--dependence"))
+    call("benchmarks/summary.py", *rows)
+    say(f"took {(time.perf_counter() - began) / 60:.1f} minutes, forecast {forecast / 60:.1f}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
+import torch
 from conftest import ENV, ROOT, refused, script_module
 
 RECIPES = ["R32_C10", "static", "R32_C100", "R110_C10", "R110_C100", "paper", "AIG32_C10", "folder"]
@@ -207,45 +207,49 @@ def demo():
     return script_module("recipes/demo")
 
 
-@pytest.mark.parametrize("slower", [1, 5, 10, 1000])
-def test_the_demo_fits_its_sizes_to_the_machine(slower, demo):
-    todo = demo.stages()
-    paces = [demo.Pace(4.0, slower / 1000), demo.Pace(5.0, slower / 700)]
-    images, forecast = demo.plan(todo, paces, slower / 8000, left=600)
-    for stage, count in zip(todo, images, strict=True):
-        assert demo.FEWEST <= count <= stage.images
-    fixed = sum(pace.start for pace in paces)
-    train = sum(
-        stage.epochs * count * pace.image
-        for stage, pace, count in zip(todo, paces, images, strict=True)
-    )
-    test = slower / 8000 * 3 * (min(images[0], 10_000) + min(images[1], 10_000))
-    assert forecast == pytest.approx(fixed + train + test)
-    if slower == 1:
-        assert images == [stage.images for stage in todo] and forecast < 600
-    elif slower < 1000:
-        assert 500 < forecast <= 600  # all that the time allows
-        parts = [count / stage.images for stage, count in zip(todo, images, strict=True)]
-        assert parts[0] == pytest.approx(parts[1], rel=0.01) and parts[0] < 1
-    else:
-        assert images == [demo.FEWEST] * 2 and forecast > 600  # and it says so
+@pytest.mark.parametrize(
+    "paces, threads, busy",
+    [
+        ({1: 100.0, 2: 180.0}, 2, False),
+        ({1: 100.0, 2: 100.0}, 1, True),  # as fast: the other thread only waits
+        ({1: 60.0, 2: 20.0}, 1, True),
+        ({1: 100.0}, 1, False),  # one core, of which nothing can be told
+        ({16: 9000.0}, 16, False),  # a GPU
+    ],
+)
+def test_the_demo_takes_the_faster_number_of_threads(paces, threads, busy, demo):
+    forecast = demo.FIXED + demo.IMAGES / paces[threads]
+    assert demo.plan(paces) == (threads, busy, pytest.approx(forecast))
+
+
+def test_the_demo_measures_both_numbers_of_threads(demo, monkeypatch):
+    monkeypatch.setattr(demo, "BATCH", 4)
+    monkeypatch.setattr(demo.device, "pick", lambda: torch.device("cpu"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        paces = demo.measure("fp32")
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(paces) == [1, 2] and all(pace > 0 for pace in paces.values())
 
 
 def test_the_demo_runs_every_stage(demo, cifar_dir, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(demo, "REHEARSED", 24)
-    monkeypatch.setattr(demo, "FEWEST", 24)
+    monkeypatch.setattr(demo, "BATCH", 4)
     monkeypatch.setattr(demo, "PENALTIES", (-1, -50))
     monkeypatch.setattr(demo, "DEALT_AT", -1)
-    small = [replace(stage, images=40, epochs=2, test_every=1) for stage in demo.stages()]
-    monkeypatch.setattr(demo, "stages", lambda: small)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["demo.py", "--out", tmp_path, "--data_dir", cifar_dir, "--skip_data_check"]
+    arguments = ["demo.py", "--out", tmp_path, "--subset", 40]
+    arguments += ["--data_dir", cifar_dir, "--skip_data_check"]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     demo.main()
     out = capfd.readouterr().out
-    table = [line.split("|") for line in out.splitlines() if line.startswith("|")]
+    table = [
+        [cell.strip() for cell in line.split("|")] for line in out.splitlines() if line[:1] == "|"
+    ]
     rows = ["full", *(f"penalty {penalty}" for penalty in demo.PENALTIES), "stage 2"]
-    assert [row[1].strip() for row in table[2:]] == rows
-    assert [row[-2].strip() != "" for row in table[2:]] == [False, True, False, True]  # dealt
+    assert [row[1] for row in table[2:]] == rows
+    assert [row[-2] != "" for row in table[2:]] == [False, True, False, True]  # dealt
+    for name in ("ms/img", "speed-up"):
+        assert all(float(row[table[0].index(name)]) > 0 for row in table[2:])
     assert "forecast: " in out and out.splitlines()[-1].startswith("took ")
-    assert len((tmp_path / "stage2" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "stage2" / "metrics.jsonl").read_text().splitlines()) == 3
