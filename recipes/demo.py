@@ -1,8 +1,7 @@
 """The whole method on real CIFAR-10, on any processor: what `make demo` runs.
 
-From the base that comes with the repository, stage 1 learns one policy network for every penalty,
-and stage 2 trains both networks for one. The sizes are fixed, so that the result is as good on a
-slow or busy machine. How long that takes there, the forecast at the beginning tells.
+On the base that comes along, stage 1 learns one policy network for every penalty, stage 2 trains
+both networks for one. Sizes are fixed: on a slow or busy machine the result is as good, but later.
 """
 
 import os
@@ -61,8 +60,8 @@ def measure(precision: str) -> dict[int, float]:
 def plan(paces: dict[int, float]) -> tuple[int, bool, float]:
     """The fastest number of threads, whether the machine is busy, and the forecast in seconds.
 
-    Threads that share a core with other work wait for each other in every kernel. So where one
-    thread is as fast as all, it is better alone, and the machine is busy.
+    Threads wait for each other in every kernel, also for one that other work holds up. So where
+    one is as fast as all, the machine is busy, and one is better.
     """
     threads = max(sorted(paces), key=paces.get)
     return threads, threads < max(paces), FIXED + IMAGES / paces[threads]
