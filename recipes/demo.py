@@ -28,7 +28,7 @@ POLICY = "--policy_size 16 --policy_init cv/pretrained/R8_C10".split()
 STAGE_1 = "--max_epochs 8 --warm_start 8 --test_every 8 --lr 3e-3".split()
 STAGE_2 = "--max_epochs 3 --test_every 3 --resnet_lr 0.005".split()
 PENALTIES = (-0.5, -2, -5, -15, -50)  # that stage 1's one network is asked to choose for
-DEALT_AT = -5  # the one of them whose policies are dealt to other images as well
+SHUFFLED_AT = -5  # the one of them whose policies are shuffled over the images as well
 
 BATCH, STEPS = 128, 3  # of the measurement
 # of the whole: seconds that it takes at any pace (test.py --time), and images that cost the rest
@@ -98,8 +98,8 @@ def main() -> None:
     policy, tuned = args.out / "stage1", args.out / "stage2"
     call("cl_training.py", *common, *TRAINING, *POLICY, *STAGE_1, "--cv_dir", policy, *rest)
     for penalty in PENALTIES:
-        dealt = ["--dependence"] if penalty == DEALT_AT else []
-        rows.append(profile(f"penalty {penalty}", "--load", policy, "--penalty", penalty, *dealt))
+        owed = ["--dependence"] if penalty == SHUFFLED_AT else []
+        rows.append(profile(f"penalty {penalty}", "--load", policy, "--penalty", penalty, *owed))
     say("== stage 2: both networks for one penalty")
     where = ["--pretrained", policy, "--cv_dir", tuned]
     call("finetune.py", *common, *TRAINING, *STAGE_2, *where, *rest)

@@ -237,7 +237,7 @@ def test_the_demo_measures_both_numbers_of_threads(demo, monkeypatch):
 def test_the_demo_runs_every_stage(demo, cifar_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "BATCH", 4)
     monkeypatch.setattr(demo, "PENALTIES", (-1, -50))
-    monkeypatch.setattr(demo, "DEALT_AT", -1)
+    monkeypatch.setattr(demo, "SHUFFLED_AT", -1)
     arguments = ["demo.py", "--out", tmp_path, "--subset", 40]
     arguments += ["--data_dir", cifar_dir, "--skip_data_check"]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
