@@ -102,7 +102,7 @@ def test_the_table_and_the_picture_of_figures(tmp_path):
     assert lines[2][-4:-1] == ["", "", ""]
     assert lines[4][-4:-1] == ["0.800", "0.800 at 7", "0.800 at 7.0"]
     picture = (tmp_path / "picture.svg").read_text()
-    for words in ("one network", "dealt to other images", "static, same network", "MSDNet"):
+    for words in ("one network", "shuffled over the images", "static, same network", "MSDNet"):
         assert words in picture
 
 
