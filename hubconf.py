@@ -101,11 +101,11 @@ def _network(entry: str, pretrained: bool, penalty: float | None = None) -> _Cla
         policy = _models.GreedyPolicy(policy_net)
     elif config.gated:
         policy = None
-    else:
-        kept = _utils.static_policy(
-            static or f"first:{config.num_blocks}", config.stages, args.get("seed", 0)
-        )
+    elif static:
+        kept = _utils.static_policy(static, config.stages, args.get("seed", 0))
         policy = _models.StaticPolicy(kept)
+    else:
+        policy = _models.StaticPolicy(_torch.ones(config.num_blocks))
     return _Classifier(resnet, policy, config).eval()
 
 

@@ -22,9 +22,9 @@ COLUMNS = {
     "policies": "{unique_policies}",
 }
 TIMED = {"ms/img": "{ms_per_image:.3f}", "speed-up": "{speed_up:.2f}"}  # of test.py --time
-DEALT = {  # of test.py --dependence
+DEPENDENCE = {  # of test.py --dependence
     "shuffled": "{shuffled[accuracy]:.3f}",
-    "most_frequent": "{most_frequent[accuracy]:.3f} at {most_frequent[blocks]:.0f}",
+    "most frequent": "{most_frequent[accuracy]:.3f} at {most_frequent[blocks]:.0f}",
     "static, same FLOPs": "{static_same_flops[accuracy]:.3f} at {static_same_flops[blocks]:.1f}",
 }
 
@@ -45,7 +45,7 @@ def print_table(rows: list[dict]) -> None:
     parts = [
         (COLUMNS, rows),
         (TIMED, [row if "speed_up" in row else None for row in rows]),
-        (DEALT, [row.get("dependence") for row in rows]),
+        (DEPENDENCE, [row.get("dependence") for row in rows]),
     ]
     parts = [(form, found) for form, found in parts if any(found)]
     header = [title for form, _ in parts for title in form]

@@ -12,6 +12,8 @@ from . import checkpoint, data, dependence, loop, weights
 from .process import UserError
 from .trained import TrainedModel
 
+FORM = "most_frequent"  # of what is kept: another word for its figures, and they are found anew
+
 
 class Predictions:
     """A checkpoint and what it does with every image."""
@@ -66,7 +68,7 @@ class Predictions:
         cache = checkpoint.newest(self.path).with_suffix(".predictions.pt")
         networks = filter(None, (self.trained.resnet, self.trained.policy))
         key = [weights.fingerprint(network) for network in networks]
-        key += ["2", self.test.fingerprint(), self.trained.args.precision]
+        key += [FORM, self.test.fingerprint(), self.trained.args.precision]
         key += [
             self.trained.args.penalty,
             self.config.image_size,

@@ -243,7 +243,7 @@ class Run:
         frequent = utils.most_frequent(policies).expand_as(policies)
         found = {
             "shuffled": utils.shuffled(policies, self.args.seed),
-            "most frequent": frequent,
+            "most_frequent": frequent,
         }
         figures = {
             name: loop.correct_under(resnet, given, loader, self.args.precision, name)
@@ -252,8 +252,8 @@ class Run:
             .item()
             for name, given in found.items()
         }
-        shown = " | ".join(f"{name}: {value:.3f}" for name, value in figures.items())
-        figures = {name.replace(" ", "_"): value for name, value in figures.items()}
+        parts = [f"{name.replace('_', ' ')}: {value:.3f}" for name, value in figures.items()]
+        shown = " | ".join(parts)
         self.logs.line(shown, "test", begin="SHUFFLED", **figures)
 
     def tests(self, epoch: int) -> bool:
