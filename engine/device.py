@@ -92,15 +92,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def wants_pinned(device: torch.device) -> bool:
+def wants_pinned(device: torch.device | None) -> bool:
     """Whether what goes there from the host should lie in pinned memory: a GPU then fetches it
     while the host goes on, where it would be waited for otherwise.
     """
-    return device.type == "cuda"
+    return device is not None and device.type == "cuda"
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, by way of pinned memory to a GPU."""
+def send(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """A tensor of the host on a device, by way of pinned memory to a GPU; None leaves it here."""
+    if device is None:
+        return tensor
     if wants_pinned(device):  # contiguous: an expanded tensor cannot be pinned
         tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
