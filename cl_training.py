@@ -64,12 +64,12 @@ def start_policy(
         way_out = "name a file with --policy_init, or begin with --policy_init none"
         state = weights.torchvision_resnet(18, way_out)
     else:
-        content = engine.checkpoint.read(source)
-        if weights.policy_bias(content) is not None:
-            weights.tell_other_pixels(config, content, source)
-            weights.load_into(policy_net, content, source)
+        start = engine.checkpoint.read(source)
+        if start.policy is not None:
+            weights.tell_other_pixels(config, start)
+            weights.load_into(policy_net, start)
             return
-        state = weights.start_weights(config, content, source)
+        state = weights.start_weights(config, start)
     if not models.load_fitting(policy_net.features, state):
         raise UserError(f"{source}: not one tensor fits the policy network")
     if confidence is not None:

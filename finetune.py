@@ -47,7 +47,7 @@ def parse_args():
     )
     add("--temperature", type=options.positive, default=2.0, help="of the softmax in distillation")
     args = parser.parse_args()
-    args.policy = options.with_seed(args.policy, args.seed)
+    args.policy = utils.with_seed(args.policy, args.seed)
     if not (args.pretrained or args.load or args.policy):
         raise UserError("stage 2 starts from a stage-1 checkpoint: name one with --pretrained")
     if args.pretrained and args.policy:
@@ -57,21 +57,23 @@ def parse_args():
     return args
 
 
-def load_start(run: engine.Run, resnet: models.ResNet, policy_net: models.PolicyNet) -> dict:
+def load_start(
+    run: engine.Run, resnet: models.ResNet, policy_net: models.PolicyNet
+) -> models.Checkpoint:
     """The pretrained ResNet and the stage-1 policy; a stage-2 checkpoint brings both.
 
     Returns what --pretrained holds.
     """
     path = run.args.pretrained
-    start = weights.read_for(run.config, path) if path else {}
-    if "resnet" in start:
-        weights.load_into(resnet, start, path)
+    start = weights.read_for(run.config, path) if path else models.Checkpoint()
+    if start.stage == 2:
+        weights.load_into(resnet, start)
     else:
         run.load_base(resnet)
     if path:
-        if not weights.is_of_base(start, resnet) and "resnet" not in start:
+        if start.stage != 2 and not weights.is_of_base(start, resnet):
             run.note(f"{path}: its policy was learned on another base ResNet than this")
-        weights.load_into(policy_net, start, path)
+        weights.load_into(policy_net, start)
     return start
 
 
@@ -167,7 +169,7 @@ def main() -> None:
     args = parse_args()
     config = engine.data.config_of(args, gated=False)
     with engine.Run(args, 2, config) as run:
-        args.policy = args.policy or weights.static_policy_of(run.loaded)
+        args.policy = args.policy or run.loaded.static_policy
         static = options.static_policy(args.policy, config, args.seed)
         train, test = engine.data.load(config, args, run.device)
         resnet, policy_net = models.build(args.model, config.num_classes)
@@ -179,8 +181,8 @@ def main() -> None:
         if static is not None:
             decide = models.StaticPolicy(static.to(run.device))
         elif args.penalties:
-            path = args.load or args.pretrained
-            confidence = weights.load_confidence(config, start, path, policy_net)
+            with engine.user_errors():
+                confidence = start.confidence_head(config, policy_net)
             run.place(confidence)
             parts["correctness"] = confidence
             decide = models.PenaltyPolicy(policy_net, confidence, args.penalty)

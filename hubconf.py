@@ -11,8 +11,6 @@ import sys as _sys
 from contextlib import contextmanager as _contextmanager
 from pathlib import Path as _Path
 
-import torch as _torch
-
 dependencies = ["torch", "numpy"]
 
 _ROOT = _Path(__file__).resolve().parent
@@ -77,35 +75,22 @@ def _network(entry: str, pretrained: bool, penalty: float | None = None) -> _Cla
     config = _models.config(name)
     resnet, policy_net = _models.build(name)
     files = [path for pattern in patterns for path in _ROOT.glob(pattern)]
-    content, *base = (_torch.load(f, map_location="cpu", weights_only=True) for f in files)
-    of_resnet = base[0] if base else content
-    args = content.get("args", {})
-    static = args.get("policy")
-    if "state_dict" in content or static:
-        policy_net = None
-    if policy_net is not None:
-        policy_net.look_at(content.get("policy_size", 32))
+    found, *base = (_models.Checkpoint.read(path) for path in files)
     if config.gated:
-        resnet.set_targets(content.get("targets", []))
+        resnet.set_targets(found.targets)
     if pretrained:
-        load = _models.load_gated if config.gated else _models.load_resnet
-        load(resnet, of_resnet.get("resnet") or of_resnet["state_dict"])
-        if policy_net is not None:
-            _models.load_policy(policy_net, content["agent"])
-    if penalty is not None:
-        head = _models.build_confidence(config, policy_net)
+        (*base, found)[0].load_into(resnet)
+    if found.policy is not None:
+        policy_net.look_at(found.policy_size)
         if pretrained:
-            _models.load_strictly(head, content["correctness"])
-        policy = _models.PenaltyPolicy(policy_net, head, penalty)
-    elif policy_net is not None:
-        policy = _models.GreedyPolicy(policy_net)
-    elif config.gated:
-        policy = None
-    elif static:
-        kept = _utils.static_policy(static, config.stages, args.get("seed", 0))
-        policy = _models.StaticPolicy(kept)
-    else:
-        policy = _models.StaticPolicy(_torch.ones(config.num_blocks))
+            found.load_into(policy_net)
+    static = found.static_policy and _utils.static_policy(found.static_policy, config.stages)
+    policy = None
+    if not config.gated:
+        policy = found.policy_module(config, policy_net, static, penalty)
+    if penalty is not None and not pretrained:
+        for layer in policy.confidence.children():
+            layer.reset_parameters()
     return _Classifier(resnet, policy, config).eval()
 
 

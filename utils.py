@@ -205,6 +205,11 @@ def most_frequent(policies: Tensor) -> Tensor:
     return rows[counts.argmax()]
 
 
+def with_seed(name: str | None, seed: int) -> str | None:
+    """A static policy's name; a random one's with the seed that it is drawn with."""
+    return f"{name}:{seed}" if name and re.fullmatch(r"random:\d+", name) else name
+
+
 def static_policy(name: str, stages: Sequence[int], seed: int = 0) -> Tensor:
     """The paper's static baselines, and two more: the same N of K blocks for every image
     (section 4.2).

@@ -135,11 +135,6 @@ def add_trained(options: Parser) -> None:
     )
 
 
-def with_seed(name: str | None, seed: int) -> str | None:
-    """A static policy's name; a random one's with the seed that it is drawn with."""
-    return f"{name}:{seed}" if name and re.fullmatch(r"random:\d+", name) else name
-
-
 def static_policy(name: str | None, config: Config, seed: int) -> Tensor | None:
     """The (K,) policy that --policy names; None without a name."""
     if name is None:

@@ -19,11 +19,10 @@ class Predictions:
     """A checkpoint and what it does with every image."""
 
     def __init__(self, path: str, args):
-        content = checkpoint.read(path)
-        self.made_with = content.get("args", {})
-        model = content.get("model")  # released checkpoints do not say
-        model = model if isinstance(model, str) else args.model
-        penalty = args.penalty if weights.can_choose(content) else None
+        found = checkpoint.read(path)
+        self.made_with = found.args
+        model = found.model or args.model  # released checkpoints do not say
+        penalty = args.penalty if found.can_choose else None
         own = argparse.Namespace(
             **vars(args) | {"load": path, "model": model, "policy": None, "penalty": penalty}
         )
@@ -77,7 +76,7 @@ class Predictions:
         ]
         key += [sorted(self.trained.resnet.always_on)] if self.config.gated else []
         try:
-            content = checkpoint.read(cache)
+            content = checkpoint.content(cache)
         except UserError:  # none yet, or a damaged one
             content = {}
         if content.get("key") == key and "dependence" in content:

@@ -102,14 +102,18 @@ def listen_in_worker(patient) -> None:
 
 
 @contextmanager
-def user_errors(thing: object) -> Iterator[None]:
-    """Name the thing that a ValueError or OSError inside is about, and show it to the user."""
+def user_errors(thing: object = "") -> Iterator[None]:
+    """Name the thing that a ValueError or OSError inside is about, and show it to the user.
+
+    Without a thing the error names it.
+    """
+    begin = f"{thing}: " if thing else ""
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{thing}: {error}") from error
+        raise UserError(f"{begin}{error}") from error
     except OSError as error:
-        raise UserError(f"{thing}: {error.strerror or error}") from error
+        raise UserError(f"{begin}{error.strerror or error}") from error
 
 
 def need(*packages: str) -> None:

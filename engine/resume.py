@@ -1,12 +1,12 @@
 """What a run goes on from: which checkpoint, and whether it may, under which options."""
 
 import argparse
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models import Config
+from models import Checkpoint, Config
 
 from . import checkpoint, weights
 from .process import UserError
@@ -54,18 +54,16 @@ class Plan:
     cv_dir: Path
     load: str | None = None
     source: Path | None = None
-    loaded: Mapping[str, Any] = field(default_factory=dict)
+    loaded: Checkpoint = Checkpoint()
     notes: tuple[str, ...] = ()
 
     def progress(self) -> tuple[int, int, dict[str, Any]]:
         """Epochs done, steps of the next one, and what these steps gave."""
-        loaded = self.loaded
-        steps, partial = loaded.get("steps_done", 0), loaded.get("partial", {})
-        return int(loaded.get("epoch", 0)), int(steps), dict(partial)
+        return self.loaded.epoch, self.loaded.steps_done, dict(self.loaded.partial)
 
     def extras(self) -> dict[str, Any]:
         """What goes along into the run's own checkpoints."""
-        return {name: self.loaded[name] for name in ("base",) if name in self.loaded}
+        return {"base": self.loaded.base} if self.loaded.base else {}
 
 
 def plan(
@@ -89,11 +87,13 @@ def plan(
     if (args.resume or was_restarted) and holds_run:
         load, source = str(target), target
     is_new = not source or target.resolve() != source.resolve()
-    loaded = weights.read_for(config, load) if load else {}
+    loaded = weights.read_for(config, load) if load else Checkpoint()
     if load:
-        check_stage(loaded, stage, load)
+        if loaded.stage != stage:
+            other = loaded.stage
+            raise UserError(f"{load}: {STAGES[other]} cannot be continued here: {HINTS[other]}")
         check_place(loaded, args, load)
-    finished = int(loaded.get("epoch", 0)) >= args.max_epochs  # such a run is only told of
+    finished = loaded.epoch >= args.max_epochs  # such a run is only told of
     if not is_new and not finished:
         check_options(loaded, args, target)
     if is_new and holds_run:
@@ -106,57 +106,41 @@ def plan(
     return Plan(target, load, source or None, loaded, notes)
 
 
-def stage_of(content: Mapping[str, Any]) -> int:
-    """Which stage wrote a checkpoint; the released code's are told by what they hold."""
-    if "stage" in content:
-        return content["stage"]
-    if "state_dict" in content:
-        return 0
-    return 2 if "resnet" in content else 1
-
-
-def check_stage(loaded: Mapping[str, Any], stage: int, path: str) -> None:
-    """Refuse the checkpoint of another stage."""
-    other = stage_of(loaded)
-    if other != stage:
-        raise UserError(f"{path}: {STAGES[other]} cannot be continued here: {HINTS[other]}")
-
-
-def check_place(loaded: Mapping[str, Any], args: argparse.Namespace, path: str) -> None:
+def check_place(loaded: Checkpoint, args: argparse.Namespace, path: str) -> None:
     """Refuse, inside an epoch, other batches than those that were done."""
-    before, now = loaded.get("args", {}), vars(args)
+    before, now = loaded.args, vars(args)
     for name in ("batch_size", "subset", "val_split", "seed"):
-        if loaded.get("steps_done") and before.get(name, now[name]) != now[name]:
+        if loaded.steps_done and before.get(name, now[name]) != now[name]:
             raise UserError(
                 f"{path} is inside an epoch of --{name} {before[name]}: go on with that, or "
                 "change it from an epoch's end, a ckpt_*.t7"
             )
 
 
-def changes(loaded: Mapping[str, Any], args: argparse.Namespace) -> list[tuple[str, Any, Any]]:
+def changes(loaded: Checkpoint, args: argparse.Namespace) -> list[tuple[str, Any, Any]]:
     """Options of the loaded run that differ now: name, before, now."""
     free = FREE_OPTIONS | ({"policy"} if vars(args).get("policy") is None else set())  # as before
     return differences(loaded, args, vars(args).keys() - free)
 
 
-def told_changes(loaded: Mapping[str, Any], args: argparse.Namespace) -> list[tuple[str, Any, Any]]:
+def told_changes(loaded: Checkpoint, args: argparse.Namespace) -> list[tuple[str, Any, Any]]:
     """Those of the options that may be others which change what is learned: name, before, now."""
     return differences(loaded, args, TOLD_OPTIONS)
 
 
 def differences(
-    loaded: Mapping[str, Any], args: argparse.Namespace, names: Set[str]
+    loaded: Checkpoint, args: argparse.Namespace, names: Set[str]
 ) -> list[tuple[str, Any, Any]]:
     """Options of these names that the loaded run had otherwise: name, before, now."""
-    before, now = loaded.get("args", {}), vars(args)
+    before, now = loaded.args, vars(args)
     names = sorted(names & before.keys() & now.keys())
     return [(n, before[n], now[n]) for n in names if before[n] != now[n]]
 
 
-def check_options(loaded: Mapping[str, Any], args: argparse.Namespace, cv_dir: Path) -> None:
+def check_options(loaded: Checkpoint, args: argparse.Namespace, cv_dir: Path) -> None:
     """Refuse other options than those that the run in this directory began with."""
     for name, unused in REMOVED_OPTIONS.items():
-        if loaded.get("args", {}).get(name, unused) != unused:
+        if loaded.args.get(name, unused) != unused:
             raise UserError(
                 f"{cv_dir} was begun with --{name}, which there is no more: go on without it in a "
                 "new --cv_dir with --load"

@@ -24,9 +24,6 @@ from .logs import Logs
 from .process import UserError, user_errors
 from .shard import Shard, seed_everything
 
-# what the released code calls a network that is tracked here
-ALIASES = {"agent": ("agent", "net")}
-
 
 class Run:
     """One run of a stage script (0 pretrain, 1 curriculum, 2 finetune, 3 ConvNet-AIG), a context.
@@ -90,8 +87,8 @@ class Run:
         """Load the base ResNet; checkpoints then say which it was."""
         weights.load_base(self.config, self.args.base, resnet)
         self.extras["base"] = weights.fingerprint(resnet)
-        if self.stage == resume.stage_of(self.loaded):
-            weights.check_base(self.loaded, self.args.load, resnet)
+        if self.stage == self.loaded.stage:
+            weights.check_base(self.loaded, resnet)
 
     def place(self, *networks: nn.Module) -> None:
         for network in networks:
@@ -111,23 +108,15 @@ class Run:
         """
         for name, part in parts.items():
             self.kept[name] = part
-            if not self.loaded:
+            if not self.args.load:
                 continue
             if isinstance(part, torch.optim.Optimizer):
                 with user_errors(self.args.load):
-                    self._restore_optimizer(part, self.loaded.get(name))
+                    self._restore_optimizer(part, self.loaded.optimizers.get(name))
             else:
-                self._restore_network(name, part)
+                weights.load_into(part, self.loaded)
         optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
         self.training = loop.Training(self.wrapped, optimizers, self.args.micro_batch)
-
-    def _restore_network(self, name: str, network: nn.Module) -> None:
-        found = {key: self.loaded[key] for key in ALIASES.get(name, (name,)) if key in self.loaded}
-        if not found:
-            raise UserError(f"{self.args.load}: holds no {name!r}, which this run goes on from")
-        if "policy_size" in self.loaded:
-            found["policy_size"] = self.loaded["policy_size"]
-        weights.load_into(network, found, self.args.load)
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, state: Any) -> None:
         """Moments come from the checkpoint, hyperparameters from the command line."""
@@ -283,7 +272,7 @@ class Run:
             return
         content = {name: cpu(part.state_dict()) for name, part in self.kept.items()}
         content |= {"model": self.config.name, "stage": self.stage, "args": vars(self.args)}
-        content["normalisation"] = [list(self.config.mean), list(self.config.std)]
+        content["normalisation"] = self.config.normalisation
         for owner in self.kept.values():
             if isinstance(owner, models.PolicyNet) and owner.size is not None:
                 content["policy_size"] = owner.size

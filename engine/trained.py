@@ -3,20 +3,18 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import models
 import utils
 from deploy import deploy
-from models import Config, GreedyPolicy, PenaltyPolicy, StaticPolicy
+from models import Checkpoint, Config, GreedyPolicy, PenaltyPolicy, StaticPolicy
 
 from . import device, options, weights
-from .process import UserError
+from .process import UserError, user_errors
 
 # of --time; so many batches are timed however long they take
 WARM_UP_SECONDS, TIMED_SECONDS, TIMED_PASSES, TIMED_BATCHES = 10.0, 30.0, 5, 5
@@ -44,55 +42,43 @@ class TrainedModel:
         self.device = device.pick(args.device)
         device.set_up(args.precision)
         device.tell_if_slow(self.device, args.precision)
-        content = weights.read_for(config, args.load) if args.load else {}
+        found = weights.read_for(config, args.load) if args.load else Checkpoint()
         self.resnet, policy_net = models.build(args.model, config.num_classes)
-        self.candidates = content.get("correctness", {}).get("candidates")
-        self.policy_name = args.policy or weights.static_policy_of(content)
+        self.candidates = found.candidates
+        self.policy_name = args.policy or found.static_policy
         if config.gated:
             self.policy = None
-            self._load_gated(content)
+            self._load_gated(found)
         else:
-            self._load(content, policy_net)
-            self.policy = self._policy(content, policy_net)
+            self.policy = self._load(found, policy_net)
         for network in filter(None, (self.resnet, self.policy)):
             device.place(network, self.device).eval()
 
-    def _load_gated(self, content: Mapping[str, Any]) -> None:
+    def _load_gated(self, found: Checkpoint) -> None:
         """ConvNet-AIG: the gates decide, so nothing else may."""
         if self.args.penalty is not None:
             raise UserError("--penalty: there is no policy network here that could choose by it")
-        if not content:
+        if not self.args.load:
             model = self.args.model
             raise UserError(f"{model} comes with no base: name its checkpoint with --load")
         if self.args.policy:
             raise UserError(f"{self.args.model} decides by its gates: leave --policy out")
-        weights.load_into(self.resnet, content, self.args.load)
-        self.resnet.set_targets(content.get("targets", []))
+        weights.load_into(self.resnet, found)
+        self.resnet.set_targets(found.targets)
 
-    def _load(self, content: Mapping[str, Any], policy_net: models.PolicyNet) -> None:
-        """BlockDrop, or the base ResNet alone."""
-        path = self.args.load
-        if "resnet" in content or "state_dict" in content:
-            weights.load_into(self.resnet, content, path)
+    def _load(self, found: Checkpoint, policy_net: models.PolicyNet) -> nn.Module:
+        """BlockDrop, or the base ResNet alone. Returns who decides."""
+        if found.resnet is not None:
+            weights.load_into(self.resnet, found)
         else:
             weights.load_base(self.config, self.args.base, self.resnet)
-        if not path or "state_dict" in content or self.policy_name:
-            return
-        weights.load_into(policy_net, content, path)
-        if "resnet" not in content:
-            weights.check_base(content, path, self.resnet)
-
-    def _policy(self, content: Mapping[str, Any], policy_net: models.PolicyNet) -> nn.Module:
-        """Who decides: a static policy, the policy network, or what it chooses for --penalty."""
         static = options.static_policy(self.policy_name, self.config, self.args.seed)
-        if static is None and (not content or "state_dict" in content):
-            static = torch.ones(self.config.num_blocks)
-        if self.args.penalty is None:
-            return GreedyPolicy(policy_net) if static is None else StaticPolicy(static)
-        if static is not None:
-            raise UserError("--penalty: there is no policy network here that could choose by it")
-        head = weights.load_confidence(self.config, content, self.args.load, policy_net)
-        return PenaltyPolicy(policy_net, head, self.args.penalty)
+        if found.policy is not None and static is None:
+            weights.load_into(policy_net, found)
+            if found.resnet is None:
+                weights.check_base(found, self.resnet)
+        with user_errors():
+            return found.policy_module(self.config, policy_net, static, self.args.penalty)
 
     @property
     def looks(self) -> bool:

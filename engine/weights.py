@@ -1,20 +1,17 @@
-"""From a file to a network: find a base, read known layouts, fetch published weights."""
+"""From a file to a network: find a base, refuse another model's, fetch published weights."""
 
 import hashlib
-import re
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import models
-from models import Config
+from models import Checkpoint, Config
+from models.weights import State
 
-from . import checkpoint, options, ranks
+from . import checkpoint, ranks
 from .process import UserError, user_errors
 
 
@@ -65,172 +62,72 @@ def shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def resnet_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str, torch.Tensor]:
-    """The ResNet's tensors in a pretrained file or stage-2 checkpoint."""
-    for key in ("state_dict", "resnet", "model"):
-        if checkpoint.is_state(content.get(key)):
-            return content[key]
-    if content and checkpoint.is_state(content):
-        return content  # bare, as torchvision publishes it
-    if "agent" in content:
-        raise UserError(f"{path}: a stage-1 checkpoint, which holds no ResNet")
-    raise UserError(f"{path}: holds no ResNet (neither state_dict nor resnet)")
-
-
-def pretrained_weights(config: Config, given: str) -> tuple[Path, Mapping[str, torch.Tensor]]:
+def pretrained_weights(config: Config, given: str) -> tuple[Path, State]:
     """The ResNet that `--pretrained` names, of any number of classes: its file and tensors."""
     plain = config.name.replace("AIG", "R")  # what pretrain.py makes
     path = find_base(plain, given, option="--pretrained")
-    return path, start_weights(config, checkpoint.read(path), path)
+    return path, start_weights(config, checkpoint.read(path))
 
 
-def start_weights(
-    config: Config, content: Mapping[str, Any], path: str | Path
-) -> Mapping[str, torch.Tensor]:
+def start_weights(config: Config, start: Checkpoint) -> State:
     """A ResNet's tensors to start a model from, whose pixels may be normalised in another way."""
-    state, theirs = resnet_weights(content, path), pixels_of(content)
-    if theirs in (None, pixels(config)):
-        return state
+    if start.resnet is None:
+        raise UserError(f"{start.path}: holds no ResNet (neither state_dict nor resnet)")
+    if start.normalisation in (None, config.normalisation):
+        return start.resnet
     try:
-        return models.for_pixels(state, theirs, pixels(config))
+        return models.for_pixels(start.resnet, start.normalisation, config.normalisation)
     except (KeyError, RuntimeError):  # no such tensor, or one of another shape
-        raise UserError(f"{path}: holds no ResNet for images of three channels") from None
+        raise UserError(f"{start.path}: holds no ResNet for images of three channels") from None
 
 
-def policy_weights(content: Mapping[str, Any], path: str | Path) -> Mapping[str, torch.Tensor]:
-    """The policy network's tensors, under the released code's newer or older key."""
-    for key in ("agent", "net"):
-        if key in content:
-            return content[key]
-    what = "a pretrained ResNet" if "state_dict" in content else "no BlockDrop checkpoint"
-    raise UserError(f"{path}: {what}, without a policy network (neither agent nor net)")
-
-
-def read_for(config: Config, path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint and refuse it when it says, or its policy shows, that it is for another
+def read_for(config: Config, path: str | Path) -> Checkpoint:
+    """Read a checkpoint and refuse it when it says, or its tensors show, that it is for another
     model.
     """
-    content = checkpoint.read(path)
-    other = content.get("model")
-    other = other if isinstance(other, str) else None
-    blocks = blocks_of(content) or config.num_blocks
-    if (other or config.name) != config.name or blocks != config.num_blocks:
-        named = f"{other} ({blocks} blocks)" if other else f"{blocks} blocks"
+    found = checkpoint.read(path)
+    blocks = found.num_blocks or config.num_blocks
+    if (found.model or config.name) != config.name or blocks != config.num_blocks:
+        named = f"{found.model} ({blocks} blocks)" if found.model else f"{blocks} blocks"
         raise UserError(f"{path} is for {named}, not {config.name} ({config.num_blocks})")
-    tell_other_pixels(config, content, path)
-    tell_other_size(config, content, path)
-    return content
+    tell_other_pixels(config, found)
+    tell_other_size(config, found)
+    return found
 
 
-def tell_other_size(config: Config, content: Mapping[str, Any], path: str | Path) -> None:
+def tell_other_size(config: Config, found: Checkpoint) -> None:
     """Say so where a file's network learned from a folder's pictures at another --image_size."""
-    given = content.get("args", {})
+    given = found.args
     if config.dataset != "Folder" or "image_size" not in given or not ranks.is_main():
         return
     theirs = given["image_size"] or models.config(config.name).image_size
     if theirs != config.image_size:
         print(
-            f"{path}: learned from pictures of {theirs} x {theirs} pixels, looks at "
+            f"{found.path}: learned from pictures of {theirs} x {theirs} pixels, looks at "
             f"{config.image_size} x {config.image_size} here: --image_size {theirs} is its own",
             file=sys.stderr,
         )
 
 
-def tell_other_pixels(config: Config, content: Mapping[str, Any], path: str | Path) -> None:
+def tell_other_pixels(config: Config, found: Checkpoint) -> None:
     """Say so where a file's network learned from pixels that were normalised in another way."""
-    own, theirs = pixels(config), pixels_of(content)
+    own, theirs = config.normalisation, found.normalisation
     if theirs not in (None, own) and ranks.is_main():
         print(
-            f"{path}: learned from pixels of mean and deviation {shown_pixels(theirs)}, where "
-            f"{config.name} has {shown_pixels(own)}: it starts from less than it knew",
+            f"{found.path}: learned from pixels of mean and deviation {shown_pixels(theirs)}, "
+            f"where {config.name} has {shown_pixels(own)}: it starts from less than it knew",
             file=sys.stderr,
         )
 
 
-def pixels(config: Config) -> list[list[float]]:
-    """Mean and standard deviation by which a model's pixels are normalised."""
-    return [list(config.mean), list(config.std)]
-
-
-def pixels_of(content: Mapping[str, Any]) -> list[list[float]] | None:
-    """The same of a file's network; None where it says nothing."""
-    theirs = content.get("normalisation")
-    if theirs is None and isinstance(content.get("model"), str):
-        with suppress(ValueError):  # another code's name
-            theirs = pixels(models.config(content["model"]))
-    return theirs
+def load_into(network: nn.Module, found: Checkpoint) -> None:
+    """See `Checkpoint.load_into`. Raises UserError."""
+    with user_errors():
+        found.load_into(network)
 
 
 def shown_pixels(normalisation: list[list[float]]) -> str:
     return " / ".join(",".join(f"{value:.3g}" for value in values) for values in normalisation)
-
-
-def policy_bias(content: Mapping[str, Any]) -> torch.Tensor | None:
-    """The bias of a policy network's head, one number a block; None where there is no such network,
-    as in files of other codes, which keep a ResNet under `net`.
-    """
-    policy = content.get("agent") or content.get("net") or {}
-    return next((t for n, t in policy.items() if n.endswith("logit.bias")), None)
-
-
-def blocks_of(content: Mapping[str, Any]) -> int:
-    """The number of residual blocks that a checkpoint's tensors show; 0 where they show none."""
-    bias = policy_bias(content)
-    if bias is not None:
-        return bias.numel()
-    names = content.get("state_dict") or content.get("resnet") or content
-    found = (re.search(r"(?:blocks\.|layer)(\d+\.\d+)\.conv1", str(name)) for name in names)
-    return len({match[1] for match in found if match})
-
-
-def load_into(network: nn.Module, content: Mapping[str, Any], path: str | Path) -> None:
-    """Load a network from a checkpoint's content, by what kind of network it is.
-
-    Raises UserError naming the file and the tensor that is missing, extra or wrongly shaped.
-    """
-    if isinstance(network, models.Confidence):
-        load, state = models.load_strictly, content["correctness"]
-    elif isinstance(network, models.PolicyNet):
-        load, state = models.load_policy, policy_weights(content, path)
-        if network.size is not None:
-            with user_errors(path):
-                network.look_at(content.get("policy_size", 32))  # files before it say nothing
-    else:
-        gated = isinstance(network, models.GatedResNet)
-        load = models.load_gated if gated else models.load_resnet
-        state = resnet_weights(content, path)
-    with user_errors(path):
-        load(network, state)
-
-
-def can_choose(content: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's policy network chooses for any penalty: it holds the head for that,
-    and has not gone on since they learned together.
-    """
-    last = content.get("args", {}).get("warm_start", float("inf"))
-    return "correctness" in content and content.get("epoch", 0) <= last
-
-
-def load_confidence(
-    config: Config, content: Mapping[str, Any], path: str | Path, policy_net: models.PolicyNet
-) -> models.Confidence:
-    """The head by which a policy network chooses for any penalty.
-
-    Raises UserError where the checkpoint has none, or one that the policy network has gone on from.
-    """
-    way_out = (
-        "take the checkpoint of the last epoch of cl_training.py --warm_start, or one of "
-        "finetune.py --penalties"
-    )
-    if "correctness" not in content:
-        raise UserError(f"{path}: its policy cannot choose for another penalty: {way_out}")
-    if not can_choose(content):
-        raise UserError(
-            f"{path}: its policy has gone on since it could choose for another penalty: {way_out}"
-        )
-    head = models.build_confidence(config, policy_net)
-    load_into(head, content, path)
-    return head
 
 
 def load_base(config: Config, given: str | None, resnet: models.ResNet) -> None:
@@ -244,26 +141,20 @@ def load_base(config: Config, given: str | None, resnet: models.ResNet) -> None:
         way_out = f"name a file with --base, or put one into {folder}"
         models.load_resnet(resnet, torchvision_resnet(config.depth, way_out))
     else:
-        load_into(resnet, read_for(config, path), path)
+        load_into(resnet, read_for(config, path))
 
 
-def is_of_base(content: Mapping[str, Any], resnet: nn.Module) -> bool:
-    """Whether a policy was learned on this base ResNet, as far as its checkpoint says."""
-    return content.get("base") in (None, fingerprint(resnet))
-
-
-def check_base(content: Mapping[str, Any], path: str | Path, resnet: nn.Module) -> None:
+def check_base(found: Checkpoint, resnet: nn.Module) -> None:
     """Refuse a stage-1 checkpoint whose policy was learned on another base ResNet."""
-    if not is_of_base(content, resnet):
+    if not is_of_base(found, resnet):
         raise UserError(
-            f"{path}: its policy was learned on another base ResNet: name that one with --base"
+            f"{found.path}: its policy was learned on another base ResNet: name it with --base"
         )
 
 
-def static_policy_of(content: Mapping[str, Any]) -> str | None:
-    """The static policy, such as first:10, that a checkpoint was finetuned under."""
-    args = content.get("args", {})
-    return options.with_seed(args.get("policy"), args.get("seed", 0))
+def is_of_base(found: Checkpoint, resnet: nn.Module) -> bool:
+    """Whether a policy was learned on this base ResNet, as far as its checkpoint says."""
+    return found.base in (None, fingerprint(resnet))
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """What is trained: ResNets that run under a policy, policy networks, and their names."""
 
 from .aig import GatedResNet
+from .checkpoint import Checkpoint
 from .policy import (
     POLICY_SIZES,
     Confidence,
@@ -26,6 +27,7 @@ from .weights import (
 
 __all__ = [
     "POLICY_SIZES",
+    "Checkpoint",
     "Confidence",
     "Config",
     "GatedResNet",

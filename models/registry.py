@@ -79,6 +79,11 @@ class Config:
     def num_blocks(self) -> int:
         return sum(self.stages)
 
+    @property
+    def normalisation(self) -> list[list[float]]:
+        """Mean and standard deviation of pixels in [0, 1], a number a channel."""
+        return [list(self.mean), list(self.std)]
+
 
 def names() -> list[str]:
     """The usual models, AIG those of ConvNet-AIG.

@@ -48,17 +48,17 @@ def halved(content: Mapping[str, Any]) -> dict[str, Any]:
 def named_base(content: Mapping[str, Any], path: str) -> dict[str, Any]:
     """A stage-1 checkpoint that names the base ResNet in `path` as its own."""
     resnet, _ = models.build(content["model"])
-    weights.load_into(resnet, checkpoint.read(path), path)
+    weights.load_into(resnet, checkpoint.read(path))
     return {**content, "base": weights.fingerprint(resnet)}
 
 
 def main() -> None:
     args = parse_args()
     last = checkpoint.read(args.run)
-    named = [p for p in args.run.glob("*.t7") if f"_E_{last['epoch']}_" in p.name]
+    named = [p for p in args.run.glob("*.t7") if f"_E_{last.epoch}_" in p.name]
     if len(named) != 1:
         raise UserError(f"{args.run}: no checkpoint of its last epoch, or several")
-    content = checkpoint.read(named[0])
+    content = checkpoint.content(named[0])
     kept = {name: part for name, part in content.items() if name not in LEFT_OUT}
     kept = halved(kept) if args.half else kept
     kept = named_base(kept, args.base) if args.base else kept

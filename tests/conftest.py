@@ -135,7 +135,7 @@ def metrics(folder):
 
 
 def trained(folder):
-    content = engine.checkpoint.read(folder)
+    content = engine.checkpoint.content(folder)
     return {k: v for k, v in content.items() if k not in ("args",)}
 
 

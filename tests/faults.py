@@ -97,7 +97,7 @@ def same(a, b) -> bool:
 
 def ended_alike(a: Path, b: Path) -> bool:
     """Whether two runs ended in the same weights, optimizer states and epoch."""
-    contents = [checkpoint.read(folder) for folder in (a, b)]
+    contents = [checkpoint.content(folder) for folder in (a, b)]
     for content in contents:
         content.pop("args")
     return same(*contents)
@@ -128,7 +128,7 @@ def kills(bench: Bench, short: bool) -> str:
             if process.returncode == -signal.SIGKILL:
                 killed += 1
                 # none, or a whole one
-                partway += last.exists() and "steps_done" in checkpoint.read(last)
+                partway += last.exists() and "steps_done" in checkpoint.content(last)
             bench.run(script, "--cv_dir", folder, *often, "--resume")
             assert ended_alike(expected, folder), (script, folder)
     return (
@@ -268,7 +268,7 @@ def directories(bench: Bench, short: bool) -> str:
             try:
                 error = bench.run("cl_training", "--cv_dir", small, status=2)
                 assert "No space left on device" in error and error.count("\n") == 1, error
-                assert checkpoint.read(small)["epoch"] == 0
+                assert checkpoint.content(small)["epoch"] == 0
                 seen.append("a full disk left the old checkpoint")
                 subprocess.run(["mount", "-o", "remount,ro", small], check=True)
                 error = bench.run("cl_training", "--cv_dir", small, "--resume", status=2)
@@ -288,7 +288,7 @@ def damaged(bench: Bench, short: bool) -> str:
     """Damaged and foreign files: an error in one line, or exactly what was written."""
     tries, refused = 40 if short else 200, 0
     path, bad = bench.stage_1 / checkpoint.LAST, bench.folder / "bad.t7"
-    whole, content = path.read_bytes(), checkpoint.read(path)
+    whole, content = path.read_bytes(), checkpoint.content(path)
     for number in range(tries):
         data, kind = bytearray(whole), number % 5
         at = bench.random.randrange(len(data))
@@ -305,7 +305,7 @@ def damaged(bench: Bench, short: bool) -> str:
             data = bytearray(pickle.dumps({"agent": RunsCode()}, protocol=number % 3 + 1))
         bad.write_bytes(data)
         try:
-            read = checkpoint.read(bad)
+            read = checkpoint.content(bad)
         except UserError as error:
             refused += 1
             assert str(bad) in str(error) and "\n" not in str(error)

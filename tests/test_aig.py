@@ -336,7 +336,7 @@ def test_training_profile_and_resume(run, common, tmp_path, base_file):
 
     assert run("aig_training", *options, "--cv_dir", parts, "--max_epochs", 1)[0] == 0
     assert run("aig_training", *options, "--load", parts, "--max_epochs", 3)[0] == 0
-    a, b = checkpoint.read(whole), checkpoint.read(parts)
+    a, b = checkpoint.content(whole), checkpoint.content(parts)
     assert all(torch.equal(t, b["state_dict"][n]) for n, t in a["state_dict"].items())
 
     figures = tmp_path / "figures.json"

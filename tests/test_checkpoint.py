@@ -15,7 +15,7 @@ from engine import UserError, checkpoint, weights
 def test_written_is_read(tmp_path):
     content = {"agent": {"w": torch.arange(3.0)}, "epoch": 7, "args": {"lr": 0.1, "load": None}}
     checkpoint.write(content, tmp_path / "a.t7")
-    loaded = checkpoint.read(tmp_path / "a.t7")
+    loaded = checkpoint.content(tmp_path / "a.t7")
     assert loaded["epoch"] == 7 and loaded["args"] == content["args"]
     assert torch.equal(loaded["agent"]["w"], content["agent"]["w"])
     assert os.listdir(tmp_path) == ["a.t7"]
@@ -23,22 +23,22 @@ def test_written_is_read(tmp_path):
 
 def test_a_directory_stands_for_its_last_checkpoint(tmp_path):
     checkpoint.write({"epoch": 3}, tmp_path / "last.t7")
-    assert checkpoint.read(tmp_path)["epoch"] == 3
+    assert checkpoint.content(tmp_path)["epoch"] == 3
 
 
 def test_a_directory_stands_for_its_newest_or_only_checkpoint(tmp_path):
     first, second = tmp_path / "ckpt_E_1.t7", tmp_path / "ckpt_E_2.t7"
     checkpoint.write({"epoch": 1}, first)
-    assert checkpoint.read(tmp_path)["epoch"] == 1
+    assert checkpoint.content(tmp_path)["epoch"] == 1
     base = tmp_path / "base" / "pk_E_9_A_0.100.t7"
     base.parent.mkdir()
     checkpoint.write({"epoch": 9}, base)
-    assert checkpoint.read(base.parent)["epoch"] == 9
+    assert checkpoint.content(base.parent)["epoch"] == 9
     checkpoint.write({"epoch": 2}, second)
     with pytest.raises(UserError, match="last.t7: no such checkpoint"):
-        checkpoint.read(tmp_path)
+        checkpoint.content(tmp_path)
     checkpoint.write({"epoch": 3}, tmp_path / "last.t7")
-    assert checkpoint.read(tmp_path)["epoch"] == 3
+    assert checkpoint.content(tmp_path)["epoch"] == 3
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(UserError, match="last.t7: No space left on device"):
         checkpoint.write({"epoch": 2}, path)
-    assert checkpoint.read(path)["epoch"] == 1
+    assert checkpoint.content(path)["epoch"] == 1
     assert os.listdir(tmp_path) == ["last.t7"]
 
 
@@ -84,7 +84,7 @@ def damaged_files(tmp_path):
 def test_bad_files_are_told_in_one_line(tmp_path):
     for path in [*damaged_files(tmp_path), tmp_path / "missing.t7", tmp_path]:
         with pytest.raises(UserError) as error:
-            checkpoint.read(path)
+            checkpoint.content(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -98,7 +98,7 @@ def test_bad_files_are_told_in_one_line(tmp_path):
 def test_other_contents_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.t7")
     with pytest.raises(UserError, match="x.t7: readable, but no checkpoint"):
-        checkpoint.read(tmp_path / "x.t7")
+        checkpoint.content(tmp_path / "x.t7")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -106,7 +106,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
     torch.save({"agent": RunsCode()}, "evil.t7", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="wants to run code .*mkdir.*never"):
-        checkpoint.read("evil.t7")
+        checkpoint.content("evil.t7")
     assert not os.path.exists("ran")
 
 
@@ -186,13 +186,15 @@ def test_models_that_may_be_shipped_are_not_hidden():
 
 def test_pixels_of_another_normalisation_are_said(tmp_path, capsys):
     config = models.config("R32_C10")
-    weights.tell_other_pixels(config, {"model": "R32_C10"}, "a.t7")
-    weights.tell_other_pixels(config, {"model": "another code's"}, "a.t7")
+    weights.tell_other_pixels(config, models.Checkpoint.of({"model": "R32_C10"}, "a.t7"))
+    weights.tell_other_pixels(config, models.Checkpoint.of({"model": "another code's"}, "a.t7"))
     own = [list(config.mean), list(config.std)]
-    weights.tell_other_pixels(config, {"model": "R8_C10", "normalisation": own}, "a.t7")
+    weights.tell_other_pixels(
+        config, models.Checkpoint.of({"model": "R8_C10", "normalisation": own}, "a.t7")
+    )
     assert not capsys.readouterr().err
     for content in ({"model": "R110_C10"}, {"normalisation": [[0.0] * 3, [1.0] * 3]}):
-        weights.tell_other_pixels(config, content, "b.t7")
+        weights.tell_other_pixels(config, models.Checkpoint.of(content, "b.t7"))
         assert "b.t7: learned from pixels of mean and deviation 0,0,0 / 1,1,1" in (
             capsys.readouterr().err
         )

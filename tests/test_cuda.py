@@ -214,7 +214,7 @@ def test_a_resumed_run_ends_in_the_same_bits(script, pictures, base_file, policy
         command += ["--cv_dir", tmp_path / folder, "--subset", 512, "--batch_size", 128, *more]
         command += ["--deterministic", "--resume"]
         subprocess.run(list(map(str, command)), cwd=checkpoint.ROOT, check=True)
-        content = checkpoint.read(tmp_path / folder)
+        content = checkpoint.content(tmp_path / folder)
         return {name: part for name, part in content.items() if name != "args"}
 
     whole = train("whole", "--max_epochs", 2)

@@ -270,7 +270,7 @@ def test_a_file_that_differs_is_not_kept(export, images, tmp_path, monkeypatch):
 def test_decisions_that_may_fall_either_way_are_named(export, images, tmp_path):
     path = tmp_path / "ckpt.t7"
     stage2(path, images)
-    content = checkpoint.read(path)
+    content = checkpoint.content(path)
     content["agent"]["logit.weight"][2] = 0
     content["agent"]["logit.bias"][2] = -1e-6
     checkpoint.write(content, path)

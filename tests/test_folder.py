@@ -41,7 +41,7 @@ def test_all_stages_on_a_folder_of_pictures(run, common, pictures, tmp_path):
                          "--max_epochs", 6, "--cv_dir", base)  # fmt: skip
     assert status == 0 and "1 pictures cannot be read, the first " in err, err
     (file,) = base.glob("pk_E_6_A_*.t7")
-    content = checkpoint.read(file)
+    content = checkpoint.content(file)
     assert content["state_dict"]["fc.weight"].shape == (3, 512) and content["acc"] > 0.5
     metrics = json.loads((base / "metrics.jsonl").read_text().splitlines()[0])
     assert metrics["damaged_images"] == 1
@@ -73,7 +73,7 @@ def test_a_policy_network_starts_from_a_file(run, common, tmp_path):
     status, _, err = run("cl_training", *options, "--lr", 1e-9, "--cv_dir", tmp_path / "cl",
                          "--policy_init", tmp_path / "r18.pth")  # fmt: skip
     assert status == 0, err
-    learned = checkpoint.read(tmp_path / "cl")["agent"]["features.blocks.1.0.conv1.weight"]
+    learned = checkpoint.content(tmp_path / "cl")["agent"]["features.blocks.1.0.conv1.weight"]
     published = torch.load(tmp_path / "r18.pth", weights_only=True)["layer2.0.conv1.weight"]
     torch.testing.assert_close(learned, published, rtol=0, atol=1e-6)
 

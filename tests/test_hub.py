@@ -51,18 +51,18 @@ def test_an_entry_is_its_checkpoint(entry, images):
     spec.loader.exec_module(hub)
     name, pattern = hub._SHIPPED[entry]
     (path,) = ROOT.glob(pattern)
-    content = checkpoint.read(path)
+    found = checkpoint.read(path)
     resnet, policy_net = models.build(name)
-    weights.load_into(resnet.eval(), content, path)
+    weights.load_into(resnet.eval(), found)
     x = normalised(name, images)
     with torch.no_grad():
         if entry == "AIG32_C10":
-            resnet.set_targets(content["targets"])
+            resnet.set_targets(found.targets)
             expected, policy = resnet(x)
         else:
             policy = torch.ones(len(x), resnet.num_blocks)
             if entry == "R32_C10":
-                weights.load_into(policy_net.eval(), content, path)
+                weights.load_into(policy_net.eval(), found)
                 policy = (policy_net(x)[0] >= 0.5).float()
             elif entry == "R32_C10_late8":
                 policy[:] = torch.tensor([1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0])
@@ -79,7 +79,7 @@ def test_one_network_serves_every_budget(entry, hub):
     name, *patterns = hub._SHIPPED[entry]
     (path,) = ROOT.glob(patterns[-1])  # of the ResNet, by itself for R110_C10
     resnet, _ = models.build(name)
-    weights.load_into(resnet.eval(), checkpoint.read(path), path)
+    weights.load_into(resnet.eval(), checkpoint.read(path))
     kept = []
     for penalty in (-0.5, -5.0, -50.0):
         net = getattr(hub, entry)(penalty=penalty)

@@ -59,7 +59,7 @@ def test_bad_checkpoints_are_refused(run, common, base_file, stage_1, tmp_path):
 
 
 def test_a_policy_learned_on_another_base_is_refused(run, common, stage_1, tmp_path, base_file):
-    other = checkpoint.read(base_file)
+    other = checkpoint.content(base_file)
     other["state_dict"]["fc.bias"] += 1
     checkpoint.write(other, tmp_path / "other.t7")
     refused(

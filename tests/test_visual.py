@@ -154,7 +154,7 @@ def stage_2(path, bias, base_file):
         policy_net.logit.bias.fill_(bias)
         policy_net.logit.weight.zero_()
     content = {"agent": policy_net.state_dict(), "model": TINY, "stage": 2, "epoch": 1}
-    checkpoint.write(content | {"resnet": checkpoint.read(base_file)["state_dict"]}, path)
+    checkpoint.write(content | {"resnet": checkpoint.content(base_file)["state_dict"]}, path)
     return path
 
 
@@ -211,7 +211,7 @@ def test_a_second_report_uses_the_first_ones_predictions(
     path = stage_2(tmp_path / "ckpt.t7", 50.0, base_file)
     options = [*common, "--load", path, "--out", tmp_path / "report"]
     assert run("visualize", *options)[0] == 0
-    cached = checkpoint.read(tmp_path / "ckpt.predictions.pt")
+    cached = checkpoint.content(tmp_path / "ckpt.predictions.pt")
     assert cached["policy"].shape == (40, 6)
 
     forward = models.PolicyNet.forward

@@ -120,10 +120,10 @@ def test_released_stage_1_checkpoint_loads(tmp_path, key, run, cifar_dir, base_f
     state["module.features.fc.bias"] = torch.zeros(10)
     path = tmp_path / "ckpt_E_730_A_0.754_R_1.10E-01_S_20.10_#_7787.t7"
     save_as_torch_0_3({key: state, "epoch": 730, "reward": 0.11, "acc": 0.754}, path)
-    content = engine.checkpoint.read(path)
-    assert content["epoch"] == 730
+    found = engine.checkpoint.read(path)
+    assert (found.epoch, found.stage, found.resnet) == (730, 1, None)
     _, target = models.build(TINY)
-    models.load_policy(target, engine.weights.policy_weights(content, path))
+    found.load_into(target)
     assert torch.equal(source.eval()(images())[0], target.eval()(images())[0])
     status, out, err = run(
         "test", "--model", TINY, "--load", path, "--base", base_file,
@@ -137,9 +137,10 @@ def test_released_stage_2_checkpoint_loads(tmp_path, run, cifar_dir):
     path = tmp_path / "ckpt_E_2000.t7"
     content = {"agent": old_state(policy_net, ""), "resnet": old_state(resnet), "epoch": 2000}
     save_as_torch_0_3(content, path)
-    loaded = engine.checkpoint.read(path)
+    found = engine.checkpoint.read(path)
     target, _ = models.build(TINY)
-    models.load_resnet(target, loaded["resnet"])
+    assert found.stage == 2
+    found.load_into(target)
     assert same_output(resnet, target)
     status, out, err = run(
         "test", "--model", TINY, "--load", path, "--data_dir", cifar_dir, "--skip_data_check"
@@ -227,7 +228,7 @@ def test_weights_for_pixels_that_are_normalised_in_another_way(tmp_path):
     source.double().eval()
     content = {"state_dict": source.state_dict(), "model": "R14_C10"}
     target = copy.deepcopy(source)
-    models.load_resnet(target, weights.start_weights(ours, content, "a.t7"))
+    models.load_resnet(target, weights.start_weights(ours, models.Checkpoint.of(content, "a.t7")))
     images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (ours.mean, ours.std))
 
@@ -238,9 +239,11 @@ def test_weights_for_pixels_that_are_normalised_in_another_way(tmp_path):
         expected, found = stem(source, images), stem(target, (images - mean) / std)
         assert (stem(source, (images - mean) / std) - expected).abs().max() > 0.1
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    same = weights.start_weights(theirs, content, "a.t7")
+    same = weights.start_weights(theirs, models.Checkpoint.of(content, "a.t7"))
     assert all(torch.equal(same[n], t) for n, t in source.state_dict().items())
     for name in ("conv1.weight", "bn1.running_mean"):
         state = {n: t for n, t in source.state_dict().items() if n != name}
         with pytest.raises(engine.UserError, match="b.t7"):
-            weights.start_weights(ours, content | {"state_dict": state}, "b.t7")
+            weights.start_weights(
+                ours, models.Checkpoint.of(content | {"state_dict": state}, "b.t7")
+            )

@@ -1,0 +1,278 @@
+"""A checkpoint file, read and checked once, whoever wrote it."""
+
+import hashlib
+import pickle
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import utils
+
+from .aig import GatedResNet
+from .policy import Confidence, GreedyPolicy, PenaltyPolicy, PolicyNet, StaticPolicy
+from .registry import Config, build_confidence, config
+from .weights import State, load_gated, load_policy, load_resnet, load_strictly
+
+LAST = "last.t7"
+CHECKSUM = "checksum"
+OPTIMIZERS = ("optimizer", "resnet_optimizer")
+# under which a ResNet's tensors stand: this code's names, and what other codes take
+RESNETS = ("state_dict", "resnet", "model", "net")
+NETWORKS = ("agent", "net", "resnet", "state_dict", "correctness")
+KINDS = {
+    "epoch": int,
+    "args": Mapping,
+    "stage": int,
+    "base": str,
+    "targets": list,
+    "normalisation": list,
+    "policy_size": int,
+    "steps_done": int,
+    "partial": Mapping,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a file holds. `Checkpoint()` is that of no file.
+
+    stage: 0 a ResNet, 1 a policy network, 2 both, 3 ConvNet-AIG. resnet, policy, confidence: state
+    dicts as they were written, the ResNet's with its gates in stage 3. targets: of the gates.
+    base: fingerprint of the ResNet that the policy learned on. policy_size: pixels that the policy
+    network looks at. epoch, steps_done, partial: how far the run was, and what the steps of the
+    unfinished epoch gave. Methods raise ValueError that begins with the path.
+    """
+
+    path: Path | None = None
+    stage: int | None = None
+    model: str | None = None
+    resnet: State | None = None
+    policy: State | None = None
+    confidence: State | None = None
+    optimizers: Mapping[str, Any] = field(default_factory=dict)
+    targets: Sequence[float] = ()
+    normalisation: Sequence[Sequence[float]] | None = None
+    policy_size: int = 32
+    base: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    epoch: int = 0
+    steps_done: int = 0
+    partial: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Checkpoint":
+        """A checkpoint of this code, of the released ones, or a ResNet of another code.
+
+        A directory stands for the file that `newest` names. Raises ValueError as `content` does.
+        """
+        return cls.of(content(path), path)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], path: str | Path) -> "Checkpoint":
+        """The same of what `content` returned."""
+        policy = content.get("agent")
+        if policy is None and head_bias(content.get("net", {})) is not None:
+            policy = content["net"]  # as older released files have it
+        named = (content[name] for name in RESNETS if is_state(content.get(name)))
+        resnet = next((state for state in named if state is not policy), None)
+        if resnet is None and policy is None and content and is_state(content):
+            resnet = content  # bare, as torchvision publishes it
+        stage = 0 if policy is None else 1 if resnet is None else 2
+        model = content.get("model")
+        model = model if isinstance(model, str) else None
+        normalisation = content.get("normalisation")
+        if normalisation is None and model:
+            with suppress(ValueError):  # another code's name
+                normalisation = config(model).normalisation
+        same = ("targets", "policy_size", "base", "args", "epoch", "steps_done", "partial")
+        return cls(
+            path=Path(path),
+            stage=content.get("stage", stage),
+            model=model,
+            resnet=resnet,
+            policy=policy,
+            confidence=content.get("correctness"),
+            optimizers={name: content[name] for name in OPTIMIZERS if name in content},
+            normalisation=normalisation,
+            **{name: content[name] for name in same if name in content},
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of residual blocks that the tensors show; 0 where they show none."""
+        bias = head_bias(self.policy or {})
+        if bias is not None:
+            return bias.numel()
+        found = (re.search(r"(?:blocks\.|layer)(\d+\.\d+)\.conv1", n) for n in self.resnet or ())
+        return len({match[1] for match in found if match})
+
+    @property
+    def static_policy(self) -> str | None:
+        """The static policy, such as first:10, that the ResNet was finetuned under."""
+        return utils.with_seed(self.args.get("policy"), self.args.get("seed", 0))
+
+    @property
+    def candidates(self) -> torch.Tensor | None:
+        """The policies (C, K) that the policy network learned to choose among, if it did."""
+        return (self.confidence or {}).get("candidates")
+
+    @property
+    def can_choose(self) -> bool:
+        """Whether the policy network chooses for any penalty: the head for that is there, and the
+        policy network has not gone on since they learned together.
+        """
+        return bool(self.confidence) and self.epoch <= self.args.get("warm_start", float("inf"))
+
+    def load_into(self, network: nn.Module) -> None:
+        """Load a network, by what kind of network it is.
+
+        Raises ValueError naming the tensor that is missing, extra or wrongly shaped.
+        """
+        if isinstance(network, Confidence):
+            load, state, missing = load_strictly, self.confidence, "holds no confidence head"
+        elif isinstance(network, PolicyNet):
+            load, state = load_policy, self.policy
+            what = "no BlockDrop checkpoint" if self.resnet is None else "a pretrained ResNet"
+            missing = f"{what}, without a policy network (neither agent nor net)"
+            if network.size is not None:
+                network.look_at(self.policy_size)
+        else:
+            load = load_gated if isinstance(network, GatedResNet) else load_resnet
+            state, missing = self.resnet, "holds no ResNet (neither state_dict nor resnet)"
+            if self.policy is not None:
+                missing = "a stage-1 checkpoint, which holds no ResNet"
+        try:
+            if state is None:
+                raise ValueError(missing)
+            load(network, state)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def policy_module(
+        self,
+        config: Config,
+        policy_net: PolicyNet,
+        static: torch.Tensor | None = None,
+        penalty: float | None = None,
+    ) -> nn.Module:
+        """Who decides: a static policy (K,) where one is given, every block where a ResNet stands
+        alone, else the policy network, or what it chooses for a penalty.
+
+        Raises ValueError where it cannot choose for one.
+        """
+        if static is None and self.policy is None:
+            static = torch.ones(config.num_blocks)
+        if penalty is not None:
+            if static is not None:
+                raise ValueError("there is no policy network here that could choose for a penalty")
+            return PenaltyPolicy(policy_net, self.confidence_head(config, policy_net), penalty)
+        return GreedyPolicy(policy_net) if static is None else StaticPolicy(static)
+
+    def confidence_head(self, config: Config, policy_net: PolicyNet) -> Confidence:
+        """The head by which the policy network chooses for any penalty.
+
+        Raises ValueError where there is none, or one that the policy network has gone on from.
+        """
+        if not self.can_choose:
+            why = "has gone on since it could" if self.confidence else "cannot"
+            raise ValueError(
+                f"{self.path}: its policy {why} choose for another penalty: take the checkpoint of "
+                "the last epoch of cl_training.py --warm_start, or one of finetune.py --penalties"
+            )
+        head = build_confidence(config, policy_net)
+        self.load_into(head)
+        return head
+
+
+def content(path: str | Path) -> dict[str, Any]:
+    """What a file holds, in torch's zip or pre-zip format, on the CPU, without running its code.
+
+    Raises ValueError naming the file and what is wrong.
+    """
+    path = newest(Path(path))
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        with warnings.catch_warnings():  # of pickle protocols, which other programs' files have
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise ValueError(f"{path}: may not be read (permission denied)") from error
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL\s+(\S+)|[Uu]nsupported (?:class|operand)\s+(\S+)", str(error))
+        if named:
+            reason = f"its pickle wants to run code ({named[1] or named[2]}), which is never done"
+        else:
+            reason = "no checkpoint, or a damaged one"
+        raise ValueError(f"{path}: {reason}") from error
+    except Exception as error:  # torch.load raises anything at all on damaged files
+        raise ValueError(f"{path}: truncated, damaged or no checkpoint") from error
+    if not is_well_formed(content):
+        raise ValueError(f"{path}: readable, but no checkpoint of this method or of a ResNet")
+    content = dict(content)
+    written = content.pop(CHECKSUM, None)
+    if written is not None and written != digest(content):
+        raise ValueError(f"{path}: damaged, its content does not match its checksum")
+    return content
+
+
+def newest(path: Path) -> Path:
+    """The file that a run's directory stands for: the last.t7 in it or, where there is none, as in
+    those that come with the repository, its only checkpoint. It may not be there. A file is itself.
+    """
+    if not path.is_dir():
+        return path
+    last = path / LAST
+    named = [] if last.exists() else [*path.glob("ckpt_*.t7"), *path.glob("pk_*.t7")]
+    return named[0] if len(named) == 1 else last
+
+
+def is_well_formed(content: Any) -> bool:
+    """Whether what stands under the names of a checkpoint is of the kind it has to be."""
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        return False
+    if not all(isinstance(content[name], kind) for name, kind in KINDS.items() if name in content):
+        return False
+    return all(is_state(content[name]) for name in NETWORKS if name in content)
+
+
+def is_state(value: Any) -> bool:
+    """Whether a value is a state dict: tensors by name."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
+def head_bias(state: State) -> torch.Tensor | None:
+    """The bias of a policy network's head, one number a block; None of another network."""
+    return next((tensor for name, tensor in state.items() if name.endswith("logit.bias")), None)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of nested mappings, sequences, tensors and plain values."""
+    hasher = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            hasher.update(raw.numpy().data)
+        elif isinstance(value, Mapping):
+            for key, part in value.items():
+                hasher.update(f"{key!r}:".encode())
+                add(part)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                add(part)
+        else:
+            hasher.update(repr(value).encode())
+
+    add(value)
+    return hasher.hexdigest()
