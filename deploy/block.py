@@ -154,27 +154,27 @@ class Block:
     def full(self, x: Tensor) -> Tensor:
         return self.run(x, x if self.is_identity else self.shortcut(x))
 
-    def dropped(self, x: Tensor, rectify: bool) -> Tensor:
+    def dropped(self, x: Tensor, relu_dropped: bool) -> Tensor:
         """The block for images that drop it; see `sparse`."""
         if self.is_identity:
             return x
-        return self.shortcut(x).relu_() if rectify else self.shortcut(x)
+        return self.shortcut(x).relu_() if relu_dropped else self.shortcut(x)
 
-    def sparse(self, batch: Batch, rows: Tensor | range, rectify: bool = False) -> Batch:
+    def sparse(self, batch: Batch, rows: Tensor | range, relu_dropped: bool = False) -> Batch:
         """The block on the rows that keep it, the shortcut on the others; may write over them.
 
-        With `rectify` a shortcut that computes something is followed by relu (ConvNet-AIG).
+        With `relu_dropped` a shortcut that computes something is followed by relu (ConvNet-AIG).
         """
         if len(rows) == 0:
-            return batch if self.is_identity else Batch(self.dropped(batch.images, rectify))
-        passed = batch if self.is_identity else Batch(self.shortcut(batch.images))
+            return batch if self.is_identity else Batch(self.dropped(batch.images, relu_dropped))
+        out = batch if self.is_identity else Batch(self.shortcut(batch.images))
         if len(rows) == len(batch.images):
-            self.run(batch.images, passed.images)
-            return passed
-        shortcut = passed.gather(rows)
+            self.run(batch.images, out.images)
+            return out
+        shortcut = out.gather(rows)
         kept = shortcut if self.is_identity else batch.gather(rows)
         self.run_part(kept.images, shortcut.images)
-        if rectify and not self.is_identity:
-            passed.images.relu_()
-        passed.scatter_(rows, shortcut)
-        return passed
+        if relu_dropped and not self.is_identity:
+            out.images.relu_()
+        out.scatter_(rows, shortcut)
+        return out

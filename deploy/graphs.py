@@ -71,8 +71,8 @@ class GraphPerBlock:
                 before, x = x, block.shortcut(x).clone()
                 self.between.append(x)
                 replay, _ = recorder(partial(copy_of, block.full, before, x))
-                passed, _ = recorder(partial(copy_of, block.shortcut, before, x))
-                self.dropped.append(passed)
+                dropped, _ = recorder(partial(copy_of, block.shortcut, before, x))
+                self.dropped.append(dropped)
             self.kept.append(replay)
         self.end, self.logits = recorder(partial(fast.head, x))
 

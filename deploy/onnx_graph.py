@@ -107,12 +107,12 @@ class Graph:
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
-    def choose(self, condition: str, then: "Graph", kept: str, other: "Graph", passed: str) -> str:
+    def choose(self, condition: str, then: "Graph", kept: str, other: "Graph", dropped: str) -> str:
         """One of two branches, by a bool tensor of one element, with the output it names."""
         branches = {}
         for attribute, graph, output in (
             ("then_branch", then, kept),
-            ("else_branch", other, passed),
+            ("else_branch", other, dropped),
         ):
             value = helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)
             branches[attribute] = graph.finish(attribute, [], [value])
@@ -225,12 +225,12 @@ def network(
     resnet: ResNet,
     x: str,
     decide: Decide | None = None,
-    rectify: bool = False,
+    relu_dropped: bool = False,
     runs: Sequence[int] | None = None,
 ) -> str:
     """Logits (1, classes), or pooled features where there is no classifier, of an image's name.
 
-    With `rectify` a dropped block's shortcut is followed by a relu (ConvNet-AIG). The first block
+    `relu_dropped`: a dropped block's shortcut is followed by a relu (ConvNet-AIG). The first block
     of each run decides for the others.
     """
     x = graph.add("Relu", conv(graph, x, resnet.conv1, resnet.bn1))
@@ -243,14 +243,14 @@ def network(
         s = shortcut_of(graph, x, units[first][1])
         branches = [branch for branch, _ in units[first : first + run]]
         first += run
-        rectified = rectify and s != x
+        has_relu = relu_dropped and s != x
         if isinstance(keep, bool):
             x = kept_run(graph, x, s, branches) if keep else s
             continue
         then, other = graph.branch(), graph.branch()
         computed = kept_run(then, x, s, branches)
-        passed = other.add("Relu" if rectified else "Identity", s)
-        x = graph.choose(keep, then, computed, other, passed)
+        dropped = other.add("Relu" if has_relu else "Identity", s)
+        x = graph.choose(keep, then, computed, other, dropped)
     x = graph.add("Flatten", graph.add("GlobalAveragePool", x))
     return x if resnet.fc is None else linear(graph, x, resnet.fc)
 
@@ -319,7 +319,7 @@ def gated(graph: Graph, net: GatedResNet, x: str) -> tuple[str, str]:
         gates.append(is_open(graph, net.gates[k], x))
         return gates[-1]
 
-    logits = network(graph, net.resnet, x, decide, rectify=True)
+    logits = network(graph, net.resnet, x, decide, relu_dropped=True)
     keep = graph.add("Concat", *gates, axis=0)
     row = graph.constant(np.array([1, net.num_blocks]), "shape")
     policy = graph.add("Cast", keep, to=onnx.TensorProto.FLOAT)

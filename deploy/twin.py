@@ -236,10 +236,10 @@ class DeployedGatedResNet(nn.Module):
             if gate is None:
                 batch = Batch(block.full(batch.images))
             elif len(x) == 1:  # needs no gathering
-                run = block.full if keep else partial(block.dropped, rectify=True)
+                run = block.full if keep else partial(block.dropped, relu_dropped=True)
                 batch = Batch(run(batch.images))
             else:
                 rows = execution.open_rows(keep, self.resnet.row_multiple)
-                batch = block.sparse(batch, rows, rectify=True)
+                batch = block.sparse(batch, rows, relu_dropped=True)
             executed.append(keep)
         return self.resnet.head(batch.images), torch.stack(executed, 1).float()
