@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import engine
 import models
 import utils
-from engine import Results, Shard, UserError, options, ranks, schedule, weights
+from engine import Results, Shard, UserError, bases, options, ranks, schedule
 
 RECIPES = {  # the released code's
     "CIFAR": {"target": "0.6", "loss_factor": 2.0, "wd": 5e-4, "max_epochs": 350,
@@ -133,7 +133,7 @@ def main() -> None:
         train, test = engine.data.load(config, args, run.device)
         net, _ = models.build(args.model, config.num_classes)
         if args.pretrained and not args.load:
-            path, state = weights.pretrained_weights(config, args.pretrained)
+            path, state = bases.pretrained_weights(config, args.pretrained)
             with engine.user_errors(path):
                 models.load_ungated(net, state)
         net.set_targets(targets.tolist())

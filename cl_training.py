@@ -11,7 +11,7 @@ import engine
 import models
 import utils
 from deploy import deploy
-from engine import Shard, UserError, options, schedule, weights
+from engine import Shard, UserError, bases, options, schedule
 
 TABLE_EVERY = 8  # images a candidate table is computed for one of: the head has few weights
 
@@ -62,14 +62,14 @@ def start_policy(
         return
     if source == "resnet18":
         way_out = "name a file with --policy_init, or begin with --policy_init none"
-        state = weights.torchvision_resnet(18, way_out)
+        state = bases.torchvision_resnet(18, way_out)
     else:
-        start = engine.checkpoint.read(source)
+        start = engine.storage.read(source)
         if start.policy is not None:
-            weights.tell_other_pixels(config, start)
-            weights.load_into(policy_net, start)
+            bases.tell_other_pixels(config, start)
+            bases.load_into(policy_net, start)
             return
-        state = weights.start_weights(config, start)
+        state = bases.start_weights(config, start)
     if not models.load_fitting(policy_net.features, state):
         raise UserError(f"{source}: not one tensor fits the policy network")
     if confidence is not None:

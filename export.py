@@ -106,13 +106,13 @@ def metadata(args, trained: TrainedModel, class_names: list[str], figures: dict)
         "penalty": args.penalty,
         "arithmetic": "int8" if args.int8 else "float32",
         "classes": json.dumps(list(class_names)),
-        "weights_sha256": engine.weights.fingerprint(networks),
+        "weights_sha256": engine.bases.fingerprint(networks),
         "checked_images": figures["images"],
         "accuracy": figures["accuracy"],
         "mean_blocks": figures["mean_blocks"],
     }
     if args.load:
-        path = engine.checkpoint.newest(Path(args.load))
+        path = engine.storage.newest(Path(args.load))
         facts["checkpoint"] = path.name
         facts["checkpoint_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return {name: str(value) for name, value in facts.items() if value is not None}
@@ -134,7 +134,7 @@ def main() -> None:
     if args.int8:
         train, _ = engine.data.load(config, args, trained.device)
         ranges = onnx_files.calibrate(trained.resnet, trained.policy, train)
-    with engine.user_errors("--opset"):
+    with engine.user_errors(args.model):
         model = onnx_files.build(trained.resnet, trained.policy, config, args.opset, ranges)
     args.subset = args.check
     _, test = engine.data.load(config, args, trained.device, training=False)
@@ -142,7 +142,7 @@ def main() -> None:
     for key, value in metadata(args, trained, test.class_names, figures).items():
         model.metadata_props.add(key=key, value=value)
     content = model.SerializeToString()
-    engine.checkpoint.write_whole(content, args.out)
+    engine.storage.write_whole(content, args.out)
     print(
         f"    {args.out}: {len(content) / 2**20:.1f} MiB\n"
         f"    Accuracy: {figures['accuracy']:.3f} on {figures['images']} images\n"

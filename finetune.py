@@ -13,7 +13,7 @@ import engine
 import models
 import utils
 from deploy import deploy
-from engine import Shard, UserError, options, schedule, weights
+from engine import Shard, UserError, bases, options, schedule
 
 
 def parse_args():
@@ -65,15 +65,15 @@ def load_start(
     Returns what --pretrained holds.
     """
     path = run.args.pretrained
-    start = weights.read_for(run.config, path) if path else models.Checkpoint()
+    start = bases.read_for(run.config, path) if path else models.Checkpoint()
     if start.stage == 2:
-        weights.load_into(resnet, start)
+        bases.load_into(resnet, start)
     else:
         run.load_base(resnet)
     if path:
-        if start.stage != 2 and not weights.is_of_base(start, resnet):
+        if start.stage != 2 and not bases.is_of_base(start, resnet):
             run.note(f"{path}: its policy was learned on another base ResNet than this")
-        weights.load_into(policy_net, start)
+        bases.load_into(policy_net, start)
     return start
 
 
@@ -87,11 +87,9 @@ def load_teacher(run: engine.Run) -> nn.Module:
 
 def task_loss(logits: Tensor, images: Tensor, labels: Tensor, args, teacher=None) -> Tensor:
     """Mean cross entropy, and what `--distill` asks for of the agreement with the teacher."""
-    loss = F.cross_entropy(logits, labels)
     if teacher is None:
-        return loss
-    agreement = utils.distillation(logits, teacher(images), args.temperature)
-    return (1 - args.distill) * loss + args.distill * agreement
+        return F.cross_entropy(logits, labels)
+    return utils.route_loss(logits, teacher(images), labels, args.distill, args.temperature)
 
 
 def train_step(
@@ -103,7 +101,10 @@ def train_step(
     args,
     teacher=None,
 ):
-    """Part of a batch's loss, and what became of its images (B, 3, H, W) under sampled policies."""
+    """Part of a batch's loss, and what became of its images (B, 3, H, W) under sampled policies.
+
+    As released, the policy's part is a sum over images and the ResNet's a mean.
+    """
     probs, _ = policy_net(images)
     policy_map = utils.greedy(probs)
     probs = utils.bound(probs, args.alpha)
@@ -126,7 +127,7 @@ def resnet_train_step(
     args,
     teacher=None,
 ):
-    """The same where only the ResNet learns, under the policies that `decide(images)` gives."""
+    """As `train_step` where only the ResNet learns, under the policies of `decide(images)`."""
     with torch.no_grad():
         policy = decide(images)
     score = partial(utils.reward, penalty=args.penalty)
@@ -143,8 +144,9 @@ def penalties_train_step(
     shard: Shard,
     args,
 ):
-    """The same under the policies that are best for a penalty drawn for the batch, beside a full
-    pass, so that the ResNet bends neither to one policy nor away from its full accuracy.
+    """As `resnet_train_step` under the policies that are best for a penalty drawn for the batch,
+    beside a full pass, so that the ResNet bends neither to one policy nor away from its full
+    accuracy.
     """
     decide.penalty = utils.penalty_between(shard.common_noise(1), *args.penalties)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import engine
 import models
 import utils
-from engine import Shard, options, schedule, weights
+from engine import Shard, bases, options, schedule
 
 
 def parse_args():
@@ -61,10 +61,10 @@ def load_start(run: engine.Run, resnet: models.ResNet) -> None:
     """The weights to start from; a folder of pictures has a classifier of its own."""
     args, config = run.args, run.config
     if args.pretrained:
-        path, state = weights.pretrained_weights(config, args.pretrained)
+        path, state = bases.pretrained_weights(config, args.pretrained)
     elif config.dataset == "Folder" and not args.from_scratch:
         way_out = "name a file with --pretrained, or start with --from_scratch"
-        path, state = None, weights.torchvision_resnet(config.depth, way_out)
+        path, state = None, bases.torchvision_resnet(config.depth, way_out)
     else:
         return
     if config.dataset == "Folder":
@@ -97,9 +97,9 @@ def train_step(
 def main() -> None:
     args = parse_args()
     config = engine.data.config_of(args, gated=False)
-    with engine.Run(args, 0, config, weights.base_directory(args.model)) as run:
+    with engine.Run(args, 0, config, bases.base_directory(args.model)) as run:
         if not args.load:  # a run killed right after its last evaluation may be gone on with
-            weights.keep_base(run.cv_dir)
+            bases.keep_base(run.cv_dir)
         train, test = engine.data.load(config, args, run.device)
         resnet, _ = models.build(args.model, config.num_classes)
         if not args.load:

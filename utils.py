@@ -26,7 +26,7 @@ def greedy(probs: Tensor) -> Tensor:
     return (probs >= 0.5).to(probs.dtype)
 
 
-most_probable = greedy  # its name until 2026
+most_probable = greedy  # an older name, for code that has it
 
 
 def sample(probs: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -325,7 +325,7 @@ def main() -> None:
     args = parse_args()
     engine.ranks.refuse_several("visualize.py")
     engine.device.keep_freed_memory()
-    chooses = (engine.checkpoint.read(path).can_choose for path in args.load)
+    chooses = (engine.storage.read(path).can_choose for path in args.load)
     if args.penalty is not None and not any(chooses):
         raise UserError("--penalty: no checkpoint of --load can choose for one")
     all_predicted = [Predictions(path, args) for path in args.load]

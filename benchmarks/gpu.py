@@ -31,8 +31,8 @@ from measure import machine, table
 from measure import write as write_json
 
 from engine import options, run_script
-from engine.checkpoint import ROOT
 from engine.process import UserError, user_errors
+from engine.storage import ROOT
 from models import capabilities
 
 OLDEST = (2, 11)  # of torch, as in requirements.txt

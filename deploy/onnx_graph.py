@@ -328,6 +328,8 @@ def gated(graph: Graph, net: GatedResNet, x: str) -> tuple[str, str]:
 
 def is_open(graph: Graph, gate: Gate, x: str) -> str:
     """Whether the logit of executing is the larger one: bool (1,), as OpenVINO wants it."""
+    if type(gate) is not Gate:
+        raise ValueError(f"no ONNX form of {type(gate).__name__} is known")
     gate = deepcopy(gate).double().eval()
     pooled = graph.add("Flatten", graph.add("GlobalAveragePool", x))
     hidden = graph.add("Relu", linear(graph, pooled, fuse_linear_bn_eval(gate.fc1, gate.fc1bn)))

@@ -194,6 +194,9 @@ class DeployedGate:
 
     def __init__(self, gate: Gate, dtype: torch.dtype):
         refuse_unknown(gate, ("fc1", "fc1bn", "fc2"), "a gate")
+        if type(gate).forward is not Gate.forward:
+            raise ValueError(f"deploy does not know {type(gate).__name__}.forward")
+        self.pool = gate.pool
         gate = deepcopy(gate).eval()
         self.wide = torch.promote_types(dtype, torch.float32)
         self.hidden = linear(fuse_linear_bn_eval(gate.fc1, gate.fc1bn), self.wide)
@@ -202,7 +205,7 @@ class DeployedGate:
 
     def __call__(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            hidden = F.linear(x.mean((2, 3), dtype=self.wide), *self.hidden).relu_()
+            hidden = F.linear(self.pool(x, self.wide), *self.hidden).relu_()
             return torch.mv(hidden, self.weight) > -self.bias
 
 

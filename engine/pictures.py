@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from models import Config, capabilities
 
 from . import process
-from .checkpoint import digest
 from .class_folders import turns
 from .process import UserError
 from .shard import AUGMENTATION, STEP, Shard, derived_seed, shards
+from .storage import digest
 
 PREFETCH = 4  # batches that each worker keeps ready
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import checkpoint, data, dependence, loop, weights
+from . import bases, data, dependence, loop, storage
 from .process import UserError
 from .trained import TrainedModel
 
@@ -19,7 +19,7 @@ class Predictions:
     """A checkpoint and what it does with every image."""
 
     def __init__(self, path: str, args):
-        found = checkpoint.read(path)
+        found = storage.read(path)
         self.made_with = found.args
         model = found.model or args.model  # released checkpoints do not say
         penalty = args.penalty if found.can_choose else None
@@ -64,9 +64,9 @@ class Predictions:
 
     def _predictions(self) -> dict[str, Any]:
         """What `_predict` finds, from the cache beside the checkpoint if it is of the same."""
-        cache = checkpoint.newest(self.path).with_suffix(".predictions.pt")
+        cache = storage.newest(self.path).with_suffix(".predictions.pt")
         networks = filter(None, (self.trained.resnet, self.trained.policy))
-        key = [weights.fingerprint(network) for network in networks]
+        key = [bases.fingerprint(network) for network in networks]
         key += [FORM, self.test.fingerprint(), self.trained.args.precision]
         key += [
             self.trained.args.penalty,
@@ -76,14 +76,14 @@ class Predictions:
         ]
         key += [sorted(self.trained.resnet.always_on)] if self.config.gated else []
         try:
-            content = checkpoint.content(cache)
+            content = storage.content(cache)
         except UserError:  # none yet, or a damaged one
             content = {}
         if content.get("key") == key and "dependence" in content:
             return content
         content = {"key": key, **self._predict()}
         try:
-            checkpoint.write(content, cache)
+            storage.write(content, cache)
         except UserError as error:
             print(f"{error}: the next report has to predict again", file=sys.stderr)
         return content

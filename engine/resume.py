@@ -8,7 +8,7 @@ from typing import Any
 
 from models import Checkpoint, Config
 
-from . import checkpoint, weights
+from . import bases, storage
 from .process import UserError
 
 STAGES = {
@@ -83,11 +83,11 @@ def plan(
     source = load and Path(load)
     source = source.parent if source and not source.is_dir() else source
     target = Path(args.cv_dir or source or cv_dir)
-    holds_run = (target / checkpoint.LAST).exists()
+    holds_run = (target / storage.LAST).exists()
     if (args.resume or was_restarted) and holds_run:
         load, source = str(target), target
     is_new = not source or target.resolve() != source.resolve()
-    loaded = weights.read_for(config, load) if load else Checkpoint()
+    loaded = bases.read_for(config, load) if load else Checkpoint()
     if load:
         if loaded.stage != stage:
             other = loaded.stage

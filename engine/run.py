@@ -18,7 +18,7 @@ import models
 import utils
 from models import Config
 
-from . import checkpoint, device, loop, process, ranks, resume, weights
+from . import bases, device, loop, process, ranks, resume, storage
 from .data import Loader
 from .logs import Logs
 from .process import UserError, user_errors
@@ -79,16 +79,16 @@ class Run:
             self.lock.close()
         self.logs.close()
         if error is not None and self.logs.writer:
-            last = self.cv_dir / checkpoint.LAST
+            last = self.cv_dir / storage.LAST
             steps = f" and {self.steps_done} steps" if self.steps_done else ""
             error.add_note(f"epoch {self.done}{steps} is kept; go on with --load {last}")
 
     def load_base(self, resnet: models.ResNet) -> None:
         """Load the base ResNet; checkpoints then say which it was."""
-        weights.load_base(self.config, self.args.base, resnet)
-        self.extras["base"] = weights.fingerprint(resnet)
+        bases.load_base(self.config, self.args.base, resnet)
+        self.extras["base"] = bases.fingerprint(resnet)
         if self.stage == self.loaded.stage:
-            weights.check_base(self.loaded, resnet)
+            bases.check_base(self.loaded, resnet)
 
     def place(self, *networks: nn.Module) -> None:
         for network in networks:
@@ -114,7 +114,7 @@ class Run:
                 with user_errors(self.args.load):
                     self._restore_optimizer(part, self.loaded.optimizers.get(name))
             else:
-                weights.load_into(part, self.loaded)
+                bases.load_into(part, self.loaded)
         optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
         self.training = loop.Training(self.wrapped, optimizers, self.args.micro_batch)
 
@@ -146,7 +146,7 @@ class Run:
             self.logs.begin(epoch)
             yield epoch
             self.logs.end()
-            self.save(checkpoint.LAST)
+            self.save(storage.LAST)
             self.done, self.steps_done, self.partial = epoch, 0, {}
             self.is_trained = False
             self._stop_if_asked()
@@ -263,7 +263,7 @@ class Run:
     def save_partway(self) -> None:
         """Write last.t7 inside an epoch, with what its batches gave so far."""
         part = {"steps_done": self.steps_done, "partial": self.partial}
-        self.save(checkpoint.LAST, epoch=self.done, **part)
+        self.save(storage.LAST, epoch=self.done, **part)
 
     def save(self, name: str, **figures: Any) -> None:
         """Write a checkpoint from which the run goes on exactly."""
@@ -278,7 +278,7 @@ class Run:
                 content["policy_size"] = owner.size
         content |= {"epoch": self.logs.metrics.get("epoch", self.done), **self.extras, **figures}
         with process.undisturbed():
-            checkpoint.write(content, self.cv_dir / name)
+            storage.write(content, self.cv_dir / name)
 
 
 def claim(folder: Path) -> IO[str]:

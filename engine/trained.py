@@ -13,7 +13,7 @@ import utils
 from deploy import deploy
 from models import Checkpoint, Config, GreedyPolicy, PenaltyPolicy, StaticPolicy
 
-from . import device, options, weights
+from . import bases, device, options
 from .process import UserError, user_errors
 
 # of --time; so many batches are timed however long they take
@@ -42,7 +42,7 @@ class TrainedModel:
         self.device = device.pick(args.device)
         device.set_up(args.precision)
         device.tell_if_slow(self.device, args.precision)
-        found = weights.read_for(config, args.load) if args.load else Checkpoint()
+        found = bases.read_for(config, args.load) if args.load else Checkpoint()
         self.resnet, policy_net = models.build(args.model, config.num_classes)
         self.candidates = found.candidates
         self.policy_name = args.policy or found.static_policy
@@ -63,20 +63,20 @@ class TrainedModel:
             raise UserError(f"{model} comes with no base: name its checkpoint with --load")
         if self.args.policy:
             raise UserError(f"{self.args.model} decides by its gates: leave --policy out")
-        weights.load_into(self.resnet, found)
+        bases.load_into(self.resnet, found)
         self.resnet.set_targets(found.targets)
 
     def _load(self, found: Checkpoint, policy_net: models.PolicyNet) -> nn.Module:
         """BlockDrop, or the base ResNet alone. Returns who decides."""
         if found.resnet is not None:
-            weights.load_into(self.resnet, found)
+            bases.load_into(self.resnet, found)
         else:
-            weights.load_base(self.config, self.args.base, self.resnet)
+            bases.load_base(self.config, self.args.base, self.resnet)
         static = options.static_policy(self.policy_name, self.config, self.args.seed)
         if found.policy is not None and static is None:
-            weights.load_into(policy_net, found)
+            bases.load_into(policy_net, found)
             if found.resnet is None:
-                weights.check_base(found, self.resnet)
+                bases.check_base(found, self.resnet)
         with user_errors():
             return found.policy_module(self.config, policy_net, static, self.args.penalty)
 

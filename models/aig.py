@@ -34,7 +34,10 @@ def gumbel_argmax(logits: Tensor, tau: float = 1.0) -> Tensor:
 
 
 class Gate(nn.Module):
-    """Global average pool, two linear layers, two logits: skip and execute."""
+    """Global average pool, two linear layers, two logits: skip and execute.
+
+    A subclass may pool in another way; `registry.GATES` gives it to models of a name of its own.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -50,8 +53,13 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W), the block's input. Returns logits (B, 2), float32 or wider."""
         with torch.autocast(x.device.type, enabled=False):
-            pooled = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+            pooled = self.pool(x, torch.promote_types(x.dtype, torch.float32))
             return self.fc2(F.relu(self.normalise(self.fc1(pooled))))
+
+    @staticmethod
+    def pool(x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x: (B, C, H, W). Returns (B, C) in dtype."""
+        return x.mean((2, 3), dtype=dtype)
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """BatchNorm; a single image has no statistics and takes the running ones."""
@@ -67,18 +75,18 @@ class GatedResNet(nn.Module):
     """A ResNet whose blocks are gated one by one: x_{l+1} = relu(shortcut(x_l) + z_l F_l(x_l)).
 
     Gates sample in training mode and take the likelier outcome in evaluation mode, unless
-    `sample_gates` is set. Blocks in `always_on` have no gate to pass. Training computes every
+    `sample_gates` is set. The gates of blocks in `always_on` are not asked. Training computes every
     block, since closed gates learn from what they left out; evaluation computes a block only for
     the images whose gate is open.
     """
 
     decides = True  # by itself which blocks an image runs
 
-    def __init__(self, resnet: ResNet):
+    def __init__(self, resnet: ResNet, gate: type[Gate] = Gate):
         super().__init__()
         self.resnet = resnet
         self.num_blocks = resnet.num_blocks
-        self.gates = nn.ModuleList(Gate(branch.conv1.in_channels) for branch, _ in resnet.units())
+        self.gates = nn.ModuleList(gate(branch.conv1.in_channels) for branch, _ in resnet.units())
         self.sample_gates = False
         self.always_on: frozenset[int] = frozenset()
 

@@ -7,7 +7,7 @@ import torch
 
 import utils
 
-from .aig import GatedResNet
+from .aig import Gate, GatedResNet
 from .policy import CifarPolicy, Confidence, ImageNetPolicy, PolicyNet
 from .resnet import (
     BasicBlock,
@@ -28,6 +28,9 @@ PICTURES = {"ImgNet": "ImageNet", "Folder": "Folder"}
 
 # By the letters that a name begins with; AIG are the ResNets of ConvNet-AIG.
 CIFAR_RESNETS = {"R": CifarResNet, "AIG": ProjectedCifarResNet}
+
+# Those of them that are gated, and their gates.
+GATES = {"AIG": Gate}
 
 IMAGENET = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -107,13 +110,18 @@ def config(name: str, gated: bool | None = None) -> Config:
     return spec
 
 
+def letters(name: str) -> str:
+    """Those that a model's name begins with: its kind."""
+    return re.match(r"[A-Z]*", name)[0]
+
+
 def parse(name: str) -> Config:
     match = re.fullmatch(
         rf"({'|'.join(CIFAR_RESNETS)})(\d+)_({'|'.join([*CIFAR, *PICTURES])})", name
     )
     method, depth, data = (match[1], int(match[2]), match[3]) if match else ("", 0, "")
-    gated = method == "AIG"
-    by_method = NORMALISATION.get((method, data), AS_THEY_ARE)
+    gated = method in GATES
+    by_method = NORMALISATION.get(("AIG" if gated else method, data), AS_THEY_ARE)
     mean, std = NORMALISATION.get((f"{method}{depth}", data), by_method)
     if data in PICTURES and depth in IMAGENET:
         return Config(
@@ -149,7 +157,7 @@ def build(
     spec = config(name)
     spec = replace(spec, num_classes=num_classes or spec.num_classes)
     if spec.gated:
-        return GatedResNet(ungated(spec)), None
+        return GatedResNet(ungated(spec), GATES[letters(name)]), None
     if spec.has_pictures:
         return ungated(spec), ImageNetPolicy(spec.num_blocks)
     return ungated(spec), CifarPolicy(spec.num_blocks)

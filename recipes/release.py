@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engine  # noqa: E402
 import models  # noqa: E402
-from engine import UserError, checkpoint, run_script, user_errors, weights  # noqa: E402
+from engine import UserError, bases, run_script, storage, user_errors  # noqa: E402
 
 LEFT_OUT = ("optimizer", "resnet_optimizer", "steps_done", "partial")
 NETWORKS = ("agent", "resnet", "state_dict")
@@ -48,17 +48,17 @@ def halved(content: Mapping[str, Any]) -> dict[str, Any]:
 def named_base(content: Mapping[str, Any], path: str) -> dict[str, Any]:
     """A stage-1 checkpoint that names the base ResNet in `path` as its own."""
     resnet, _ = models.build(content["model"])
-    weights.load_into(resnet, checkpoint.read(path))
-    return {**content, "base": weights.fingerprint(resnet)}
+    bases.load_into(resnet, storage.read(path))
+    return {**content, "base": bases.fingerprint(resnet)}
 
 
 def main() -> None:
     args = parse_args()
-    last = checkpoint.read(args.run)
+    last = storage.read(args.run)
     named = [p for p in args.run.glob("*.t7") if f"_E_{last.epoch}_" in p.name]
     if len(named) != 1:
         raise UserError(f"{args.run}: no checkpoint of its last epoch, or several")
-    content = checkpoint.content(named[0])
+    content = storage.content(named[0])
     kept = {name: part for name, part in content.items() if name not in LEFT_OUT}
     kept = halved(kept) if args.half else kept
     kept = named_base(kept, args.base) if args.base else kept
@@ -66,7 +66,7 @@ def main() -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
         for name in ("args.txt", "command.txt", "metrics.jsonl"):
             shutil.copy(args.run / name, args.folder / name)
-    checkpoint.write(kept, args.folder / named[0].name)
+    storage.write(kept, args.folder / named[0].name)
     print(args.folder / named[0].name)
 
 

@@ -20,7 +20,7 @@ import engine
 import models
 
 TINY = "R14_C10"  # two blocks a stage: K = 6
-ROOT = engine.checkpoint.ROOT
+ROOT = engine.storage.ROOT
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 NAMED = r"ckpt_E_\d+_A_\d\.\d{3}_R_-?\d\.\d\dE[+-]\d\d_S_\d+\.\d\d_#_\d+\.t7"
 
@@ -59,7 +59,7 @@ def write_base(path, seed=1):
     """A random ResNet as a pretrained file."""
     torch.manual_seed(seed)
     resnet, _ = models.build(TINY)
-    engine.checkpoint.write({"state_dict": resnet.state_dict()}, path)
+    engine.storage.write({"state_dict": resnet.state_dict()}, path)
     return path
 
 
@@ -70,9 +70,9 @@ def policy_files(tmp_path_factory):
     torch.manual_seed(0)
     _, policy_net = models.build(TINY)
     content = {"agent": policy_net.state_dict(), "model": TINY, "epoch": 1, "args": {}}
-    engine.checkpoint.write(content, folder / "policy.t7")
+    engine.storage.write(content, folder / "policy.t7")
     head = models.build_confidence(models.config(TINY), policy_net).state_dict()
-    engine.checkpoint.write({**content, "correctness": head}, folder / "warm.t7")
+    engine.storage.write({**content, "correctness": head}, folder / "warm.t7")
     return folder
 
 
@@ -135,7 +135,7 @@ def metrics(folder):
 
 
 def trained(folder):
-    content = engine.checkpoint.content(folder)
+    content = engine.storage.content(folder)
     return {k: v for k, v in content.items() if k not in ("args",)}
 
 

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import TINY, write_base, write_cifar  # noqa: E402
 
-from engine import UserError, checkpoint  # noqa: E402
+from engine import UserError, storage  # noqa: E402
 
 # without the second, restarted processes meet what those before them left in torchrun's store
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -55,7 +55,7 @@ class Bench:
         if script in ("cl_training", "finetune"):
             given += ["--base", self.base]
         if script == "finetune" and "--load" not in options:
-            given += ["--pretrained", self.stage_1 / checkpoint.LAST]
+            given += ["--pretrained", self.stage_1 / storage.LAST]
         return [str(part) for part in (ROOT / f"{script}.py", *given, *options)]
 
     def run(self, script: str, *options, status: int = 0) -> str:
@@ -97,7 +97,7 @@ def same(a, b) -> bool:
 
 def ended_alike(a: Path, b: Path) -> bool:
     """Whether two runs ended in the same weights, optimizer states and epoch."""
-    contents = [checkpoint.content(folder) for folder in (a, b)]
+    contents = [storage.content(folder) for folder in (a, b)]
     for content in contents:
         content.pop("args")
     return same(*contents)
@@ -124,11 +124,11 @@ def kills(bench: Bench, short: bool) -> str:
             time.sleep(bench.random.uniform(0.5, 1.0) * seconds)
             process.kill()
             process.communicate()
-            last = folder / checkpoint.LAST
+            last = folder / storage.LAST
             if process.returncode == -signal.SIGKILL:
                 killed += 1
                 # none, or a whole one
-                partway += last.exists() and "steps_done" in checkpoint.content(last)
+                partway += last.exists() and "steps_done" in storage.content(last)
             bench.run(script, "--cv_dir", folder, *often, "--resume")
             assert ended_alike(expected, folder), (script, folder)
     return (
@@ -262,13 +262,13 @@ def directories(bench: Bench, short: bool) -> str:
         small = bench.fresh()
         small.mkdir()
         # room for last.t7 and not for the one that replaces it
-        size = int((bench.stage_1 / checkpoint.LAST).stat().st_size * 1.6)
+        size = int((bench.stage_1 / storage.LAST).stat().st_size * 1.6)
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", small]
         if subprocess.run(mount, capture_output=True).returncode == 0:
             try:
                 error = bench.run("cl_training", "--cv_dir", small, status=2)
                 assert "No space left on device" in error and error.count("\n") == 1, error
-                assert checkpoint.content(small)["epoch"] == 0
+                assert storage.content(small)["epoch"] == 0
                 seen.append("a full disk left the old checkpoint")
                 subprocess.run(["mount", "-o", "remount,ro", small], check=True)
                 error = bench.run("cl_training", "--cv_dir", small, "--resume", status=2)
@@ -287,8 +287,8 @@ class RunsCode:
 def damaged(bench: Bench, short: bool) -> str:
     """Damaged and foreign files: an error in one line, or exactly what was written."""
     tries, refused = 40 if short else 200, 0
-    path, bad = bench.stage_1 / checkpoint.LAST, bench.folder / "bad.t7"
-    whole, content = path.read_bytes(), checkpoint.content(path)
+    path, bad = bench.stage_1 / storage.LAST, bench.folder / "bad.t7"
+    whole, content = path.read_bytes(), storage.content(path)
     for number in range(tries):
         data, kind = bytearray(whole), number % 5
         at = bench.random.randrange(len(data))
@@ -305,7 +305,7 @@ def damaged(bench: Bench, short: bool) -> str:
             data = bytearray(pickle.dumps({"agent": RunsCode()}, protocol=number % 3 + 1))
         bad.write_bytes(data)
         try:
-            read = checkpoint.content(bad)
+            read = storage.content(bad)
         except UserError as error:
             refused += 1
             assert str(bad) in str(error) and "\n" not in str(error)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import models
 import utils
-from engine import checkpoint
+from engine import storage
 from models import aig
 
 TINY_AIG = "AIG14_C10"  # two blocks a stage: K = 6
@@ -336,7 +336,7 @@ def test_training_profile_and_resume(run, common, tmp_path, base_file):
 
     assert run("aig_training", *options, "--cv_dir", parts, "--max_epochs", 1)[0] == 0
     assert run("aig_training", *options, "--load", parts, "--max_epochs", 3)[0] == 0
-    a, b = checkpoint.content(whole), checkpoint.content(parts)
+    a, b = storage.content(whole), storage.content(parts)
     assert all(torch.equal(t, b["state_dict"][n]) for n, t in a["state_dict"].items())
 
     figures = tmp_path / "figures.json"

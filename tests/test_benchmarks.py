@@ -15,7 +15,7 @@ import deploy
 import engine
 import models
 from engine import UserError, trained
-from engine.checkpoint import ROOT
+from engine.storage import ROOT
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_checkpoints_are_timed_in_turn(run, common, base_file, stage_1, tmp_path
 def test_rows_that_would_mean_nothing_are_refused(
     run, common, base_file, graphs, rows, words, monkeypatch
 ):
-    monkeypatch.setattr(engine.weights, "load_base", lambda *given: None)
+    monkeypatch.setattr(engine.bases, "load_base", lambda *given: None)
     rows = [row.format(base=base_file) for row in rows]
     status, _, err = run("benchmarks/checkpoints", *common, *rows)
     assert status == 2 and words in err and err.count("\n") == 1

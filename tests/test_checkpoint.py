@@ -9,49 +9,49 @@ import torch
 
 import engine
 import models
-from engine import UserError, checkpoint, weights
+from engine import UserError, bases, storage
 
 
 def test_written_is_read(tmp_path):
     content = {"agent": {"w": torch.arange(3.0)}, "epoch": 7, "args": {"lr": 0.1, "load": None}}
-    checkpoint.write(content, tmp_path / "a.t7")
-    loaded = checkpoint.content(tmp_path / "a.t7")
+    storage.write(content, tmp_path / "a.t7")
+    loaded = storage.content(tmp_path / "a.t7")
     assert loaded["epoch"] == 7 and loaded["args"] == content["args"]
     assert torch.equal(loaded["agent"]["w"], content["agent"]["w"])
     assert os.listdir(tmp_path) == ["a.t7"]
 
 
 def test_a_directory_stands_for_its_last_checkpoint(tmp_path):
-    checkpoint.write({"epoch": 3}, tmp_path / "last.t7")
-    assert checkpoint.content(tmp_path)["epoch"] == 3
+    storage.write({"epoch": 3}, tmp_path / "last.t7")
+    assert storage.content(tmp_path)["epoch"] == 3
 
 
 def test_a_directory_stands_for_its_newest_or_only_checkpoint(tmp_path):
     first, second = tmp_path / "ckpt_E_1.t7", tmp_path / "ckpt_E_2.t7"
-    checkpoint.write({"epoch": 1}, first)
-    assert checkpoint.content(tmp_path)["epoch"] == 1
+    storage.write({"epoch": 1}, first)
+    assert storage.content(tmp_path)["epoch"] == 1
     base = tmp_path / "base" / "pk_E_9_A_0.100.t7"
     base.parent.mkdir()
-    checkpoint.write({"epoch": 9}, base)
-    assert checkpoint.content(base.parent)["epoch"] == 9
-    checkpoint.write({"epoch": 2}, second)
+    storage.write({"epoch": 9}, base)
+    assert storage.content(base.parent)["epoch"] == 9
+    storage.write({"epoch": 2}, second)
     with pytest.raises(UserError, match="last.t7: no such checkpoint"):
-        checkpoint.content(tmp_path)
-    checkpoint.write({"epoch": 3}, tmp_path / "last.t7")
-    assert checkpoint.content(tmp_path)["epoch"] == 3
+        storage.content(tmp_path)
+    storage.write({"epoch": 3}, tmp_path / "last.t7")
+    assert storage.content(tmp_path)["epoch"] == 3
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.t7"
-    checkpoint.write({"epoch": 1}, path)
+    storage.write({"epoch": 1}, path)
 
     def no_space(fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(UserError, match="last.t7: No space left on device"):
-        checkpoint.write({"epoch": 2}, path)
-    assert checkpoint.content(path)["epoch"] == 1
+        storage.write({"epoch": 2}, path)
+    assert storage.content(path)["epoch"] == 1
     assert os.listdir(tmp_path) == ["last.t7"]
 
 
@@ -62,7 +62,7 @@ class RunsCode:
 
 def damaged_files(tmp_path):
     good = tmp_path / "good.t7"
-    checkpoint.write({"agent": {"w": torch.zeros(100)}}, good)
+    storage.write({"agent": {"w": torch.zeros(100)}}, good)
     raw = good.read_bytes()
     files = {
         "truncated": raw[: len(raw) // 2],
@@ -84,7 +84,7 @@ def damaged_files(tmp_path):
 def test_bad_files_are_told_in_one_line(tmp_path):
     for path in [*damaged_files(tmp_path), tmp_path / "missing.t7", tmp_path]:
         with pytest.raises(UserError) as error:
-            checkpoint.content(path)
+            storage.content(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -98,7 +98,7 @@ def test_bad_files_are_told_in_one_line(tmp_path):
 def test_other_contents_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.t7")
     with pytest.raises(UserError, match="x.t7: readable, but no checkpoint"):
-        checkpoint.content(tmp_path / "x.t7")
+        storage.content(tmp_path / "x.t7")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -106,7 +106,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
     torch.save({"agent": RunsCode()}, "evil.t7", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="wants to run code .*mkdir.*never"):
-        checkpoint.content("evil.t7")
+        storage.content("evil.t7")
     assert not os.path.exists("ran")
 
 
@@ -123,44 +123,77 @@ def test_checkpoints_of_another_model_are_refused(tmp_path, key):
         content = {n.replace("blocks.", "layer"): t for n, t in resnet.state_dict().items()}
     torch.save(content, tmp_path / "x.t7")
     with pytest.raises(UserError, match=r"x.t7 is for .*15 blocks\)?, not R110_C10 \(54\)"):
-        weights.read_for(models.config("R110_C10"), tmp_path / "x.t7")
-    weights.read_for(models.config("R32_C10"), tmp_path / "x.t7")
+        bases.read_for(models.config("R110_C10"), tmp_path / "x.t7")
+    bases.read_for(models.config("R32_C10"), tmp_path / "x.t7")
+
+
+@pytest.mark.parametrize(
+    "keys, stage, holds",
+    [
+        (["agent"], 1, ["policy"]),
+        (["net"], 1, ["policy"]),
+        (["agent", "resnet"], 2, ["policy", "resnet"]),
+        (["resnet"], 0, ["resnet"]),
+        (["state_dict"], 0, ["resnet"]),
+        (["model"], 0, ["resnet"]),
+        ([], 0, ["resnet"]),
+    ],
+)
+def test_what_a_file_holds_is_told_from_its_tensors(tmp_path, keys, stage, holds):
+    resnet, policy_net = (network.state_dict() for network in models.build("R14_C10"))
+    content = {key: policy_net if key in ("agent", "net") else resnet for key in keys}
+    torch.save({**content, "epoch": 3} if keys else resnet, tmp_path / "x.t7")
+    found = storage.read(tmp_path / "x.t7")
+    assert (found.stage, found.epoch, found.num_blocks) == (stage, 3 if keys else 0, 6)
+    assert [name for name in ("policy", "resnet") if getattr(found, name) is not None] == holds
+    for network in models.build("R14_C10"):
+        if ("policy" if isinstance(network, models.PolicyNet) else "resnet") in holds:
+            found.load_into(network)
+        else:
+            with pytest.raises(ValueError, match="x.t7: .*(without a policy|holds no ResNet)"):
+                found.load_into(network)
+
+
+def test_a_resnet_under_another_codes_key_for_policies_is_a_resnet(tmp_path):
+    torch.save({"net": models.build("R14_C10")[0].state_dict()}, tmp_path / "x.t7")
+    found = storage.read(tmp_path / "x.t7")
+    assert found.policy is None and found.stage == 0 and "fc.weight" in found.resnet
 
 
 def test_same_shape_of_another_data_set_is_refused(tmp_path):
-    checkpoint.write({"agent": {}, "model": "R32_C100"}, tmp_path / "x.t7")
+    storage.write({"agent": {}, "model": "R32_C100"}, tmp_path / "x.t7")
     with pytest.raises(UserError, match="is for R32_C100"):
-        weights.read_for(models.config("R32_C10"), tmp_path / "x.t7")
+        bases.read_for(models.config("R32_C10"), tmp_path / "x.t7")
 
 
 def test_base_is_found_or_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    monkeypatch.setattr(storage, "ROOT", tmp_path)
     with pytest.raises(UserError, match="pretrain.py --model R32_C10.*--base"):
-        weights.find_base("R32_C10", None)
+        bases.find_base("R32_C10", None)
     folder = tmp_path / "cv" / "pretrained" / "R32_C10"
     folder.mkdir(parents=True)
     (folder / "pk_E_1_A_0.900.t7").touch()
-    assert weights.find_base("R32_C10", None) == folder / "pk_E_1_A_0.900.t7"
+    assert bases.find_base("R32_C10", None) == folder / "pk_E_1_A_0.900.t7"
     (folder / "pk_E_2_A_0.910.t7").touch()
     with pytest.raises(UserError, match="several.*--base"):
-        weights.find_base("R32_C10", None)
-    assert str(weights.find_base("R32_C10", "my.t7")) == "my.t7"
+        bases.find_base("R32_C10", None)
+    assert str(bases.find_base("R32_C10", "my.t7")) == "my.t7"
 
 
 def test_a_named_directory_without_a_base_is_refused(tmp_path):
     """Also for a model whose weights torchvision publishes, which are for where none is named."""
     with pytest.raises(engine.UserError, match="no pretrained ResNet"):
-        weights.find_base("R101_ImgNet", str(tmp_path), is_published=True)
-    assert weights.find_base("R101_ImgNet", None, is_published=True) is None
+        bases.find_base("R101_ImgNet", str(tmp_path), is_published=True)
+    assert bases.find_base("R101_ImgNet", None, is_published=True) is None
 
 
 def test_fingerprint_tells_weights_apart():
     resnet, _ = models.build("R8_C10")
-    before = weights.fingerprint(resnet)
-    assert weights.fingerprint(resnet) == before
+    before = bases.fingerprint(resnet)
+    assert bases.fingerprint(resnet) == before
     with torch.no_grad():
         resnet.fc.bias[3] += 1e-6
-    assert weights.fingerprint(resnet) != before
+    assert bases.fingerprint(resnet) != before
 
 
 def test_seeds_are_functions_of_all_their_numbers():
@@ -173,9 +206,9 @@ def test_models_that_may_be_shipped_are_not_hidden():
 
     def hidden(path):
         command = ["git", "check-ignore", "-q", "--no-index", path]
-        return subprocess.run(command, cwd=checkpoint.ROOT).returncode == 0
+        return subprocess.run(command, cwd=storage.ROOT).returncode == 0
 
-    if subprocess.run(["git", "rev-parse"], cwd=checkpoint.ROOT, capture_output=True).returncode:
+    if subprocess.run(["git", "rev-parse"], cwd=storage.ROOT, capture_output=True).returncode:
         pytest.skip("no git work tree")
     for model in ("R32_C10", "R32_C100", "R110_C100", "AIG32_C100", "R50_ImgNet"):
         assert not hidden(f"cv/{model}/stage1/ckpt_E_1_A_0.9.t7")
@@ -186,15 +219,15 @@ def test_models_that_may_be_shipped_are_not_hidden():
 
 def test_pixels_of_another_normalisation_are_said(tmp_path, capsys):
     config = models.config("R32_C10")
-    weights.tell_other_pixels(config, models.Checkpoint.of({"model": "R32_C10"}, "a.t7"))
-    weights.tell_other_pixels(config, models.Checkpoint.of({"model": "another code's"}, "a.t7"))
+    bases.tell_other_pixels(config, models.Checkpoint.of({"model": "R32_C10"}, "a.t7"))
+    bases.tell_other_pixels(config, models.Checkpoint.of({"model": "another code's"}, "a.t7"))
     own = [list(config.mean), list(config.std)]
-    weights.tell_other_pixels(
+    bases.tell_other_pixels(
         config, models.Checkpoint.of({"model": "R8_C10", "normalisation": own}, "a.t7")
     )
     assert not capsys.readouterr().err
     for content in ({"model": "R110_C10"}, {"normalisation": [[0.0] * 3, [1.0] * 3]}):
-        weights.tell_other_pixels(config, models.Checkpoint.of(content, "b.t7"))
+        bases.tell_other_pixels(config, models.Checkpoint.of(content, "b.t7"))
         assert "b.t7: learned from pixels of mean and deviation 0,0,0 / 1,1,1" in (
             capsys.readouterr().err
         )

@@ -238,7 +238,7 @@ def test_a_training_runs_on_the_archive_as_it_lies(published, run, tmp_path):
     options = ["--model", "R14_C100", "--data_dir", tmp_path, "--max_epochs", 1, "--subset", 100]
     status, _, err = run("pretrain", *options, "--cv_dir", tmp_path / "run")
     assert status == 0, err
-    args = engine.checkpoint.content(tmp_path / "run")["args"]
+    args = engine.storage.content(tmp_path / "run")["args"]
     assert args["model"] == "R14_C100"
 
     (tmp_path / "CIFAR100.pt").unlink()

@@ -16,7 +16,7 @@ from test_sync import FINITE, STEPS
 import deploy
 import engine
 import models
-from engine import checkpoint
+from engine import storage
 from models import capabilities
 
 REHEARSED = bool(os.environ.get("CUDA_TESTS_ON_CPU"))
@@ -213,8 +213,8 @@ def test_a_resumed_run_ends_in_the_same_bits(script, pictures, base_file, policy
         command += ["--data_dir", pictures, "--skip_data_check", "--device", DEVICE.type]
         command += ["--cv_dir", tmp_path / folder, "--subset", 512, "--batch_size", 128, *more]
         command += ["--deterministic", "--resume"]
-        subprocess.run(list(map(str, command)), cwd=checkpoint.ROOT, check=True)
-        content = checkpoint.content(tmp_path / folder)
+        subprocess.run(list(map(str, command)), cwd=storage.ROOT, check=True)
+        content = storage.content(tmp_path / folder)
         return {name: part for name, part in content.items() if name != "args"}
 
     whole = train("whole", "--max_epochs", 2)
@@ -229,7 +229,7 @@ def test_two_processes_on_one_gpu_are_refused(cifar_dir, base_file, tmp_path):
     command += [f"--nproc_per_node={gpus + 1}", "cl_training.py", "--model", TINY, "--base"]
     command += [base_file, "--data_dir", cifar_dir, "--skip_data_check", "--cv_dir", tmp_path]
     done = subprocess.run(
-        list(map(str, command)), cwd=checkpoint.ROOT, capture_output=True, text=True, timeout=120
+        list(map(str, command)), cwd=storage.ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0
     told = f"{gpus + 1} processes want a GPU each and there are {gpus}"

@@ -343,16 +343,14 @@ def test_a_folder_model_takes_its_classes_from_the_folders(pictures):
 def test_the_published_weights_are_asked_of_torchvision(monkeypatch):
     from torchvision.models import ResNet18_Weights
 
-    from engine import weights
-
     def unreachable(self, **_):
         raise OSError("host not found")
 
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", unreachable)
     with pytest.raises(UserError, match="ResNet-18 .*host not found.*: do this"):
-        weights.torchvision_resnet(18, "do this")
+        engine.bases.torchvision_resnet(18, "do this")
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda self, **_: {"x": 1})
-    assert weights.torchvision_resnet(18, "") == {"x": 1}
+    assert engine.bases.torchvision_resnet(18, "") == {"x": 1}
 
 
 def test_an_evaluation_loads_no_training_images(cifar_dir):

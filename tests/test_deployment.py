@@ -7,7 +7,7 @@ from torch import nn
 
 import models
 from deploy import block as deployed_block
-from deploy import twin
+from deploy import onnx_graph, twin
 from models import GreedyPolicy, capabilities, execution
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
@@ -199,6 +199,19 @@ def test_a_shortcut_or_gate_without_a_twin_is_refused():
     gated.gates[2].add_module("fc3", nn.Linear(2, 2))
     with pytest.raises(ValueError, match="does not know fc3"):
         models.deploy(gated)
+
+
+class Upside(models.aig.Gate):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def test_a_gate_of_the_same_parts_and_another_forward_is_refused():
+    gated = models.GatedResNet(models.build("AIG14_C10")[0].resnet, Upside)
+    with pytest.raises(ValueError, match="does not know Upside.forward"):
+        models.deploy(gated)
+    with pytest.raises(ValueError, match="no ONNX form of Upside"):
+        onnx_graph.build(gated, None, models.config("AIG14_C10"))
 
 
 @pytest.mark.parametrize("name", ["R14_C10", "AIG14_C10"])

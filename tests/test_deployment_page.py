@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import models
-from engine.checkpoint import ROOT
+from engine.storage import ROOT
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import script_module
 
-from engine.checkpoint import ROOT
+from engine.storage import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ("pretrain", "cl_training", "finetune", "aig_training", "test", "visualize", "export")

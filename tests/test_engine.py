@@ -15,7 +15,7 @@ from torch import nn
 
 import engine
 import models
-from engine import checkpoint, loop, process, ranks, schedule
+from engine import loop, process, ranks, schedule, storage
 from engine.data import TensorLoader
 
 
@@ -118,7 +118,7 @@ def main():
 engine.run_script(main)
 """
     command = [sys.executable, "-c", script]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=checkpoint.ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=storage.ROOT)
     assert (result.returncode, result.stdout) == (status, "done\n"), result.stderr
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 import models
 import utils
 from deploy import onnx_files
-from engine import checkpoint
+from engine import storage
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -68,7 +68,7 @@ def stage2(path, images, name=TINY, size=None, extra=None):
                "args": {"warm_start": 1}, **(extra or {})}  # fmt: skip
     if size:
         content["policy_size"] = size
-    checkpoint.write(content, path)
+    storage.write(content, path)
     return resnet, policy_net
 
 
@@ -270,10 +270,10 @@ def test_a_file_that_differs_is_not_kept(export, images, tmp_path, monkeypatch):
 def test_decisions_that_may_fall_either_way_are_named(export, images, tmp_path):
     path = tmp_path / "ckpt.t7"
     stage2(path, images)
-    content = checkpoint.content(path)
+    content = storage.content(path)
     content["agent"]["logit.weight"][2] = 0
     content["agent"]["logit.bias"][2] = -1e-6
-    checkpoint.write(content, path)
+    storage.write(content, path)
     status, out, err, file = export("--load", path)
     assert status == 0, err
     assert "Not compared: 8 images" in out and "(0, 1, 2, 3, 4, 5, 6, 7)" in out
@@ -291,7 +291,7 @@ def test_pictures(export, tmp_path):
     resnet, policy_net = models.build("R18_Folder", 2)
     scatter(resnet), scatter(policy_net)
     path = tmp_path / "ckpt.t7"
-    checkpoint.write({"agent": policy_net.state_dict(), "resnet": resnet.state_dict()}, path)
+    storage.write({"agent": policy_net.state_dict(), "resnet": resnet.state_dict()}, path)
     data = ("--data_dir", tmp_path / "data", "--image_size", 64, "--workers", 0)
     status, out, err, file = export("--load", path, model="R18_Folder", data=data)
     assert status == 0 and "on 6 images" in out, err
@@ -397,7 +397,7 @@ def test_runtimes_are_timed_on_the_same_files(base_file, images, cifar_dir, tmp_
     options = ["--model", TINY, "--data_dir", cifar_dir, "--skip_data_check", "--base", base_file,
                "--load", tmp_path / "ckpt.t7", "--threads", 1, "--repeats", 1, "--budget", 0.1,
                "--accuracy", 20, "--json", tmp_path / "out.json"]  # fmt: skip
-    command = [sys.executable, checkpoint.ROOT / "benchmarks" / "runtimes.py", *options]
+    command = [sys.executable, storage.ROOT / "benchmarks" / "runtimes.py", *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "out.json").read_text())

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from engine.checkpoint import ROOT
+from engine.storage import ROOT
 
 CHANGES = dict(
     re.findall(
@@ -67,21 +67,25 @@ print(utils.reward(logits, torch.tensor([0, 0]), policy, -3.0)[0].tolist())
 
 def test_a_gate(extended, cifar_dir, tmp_path):
     python = extended("A gate for ConvNet-AIG")
-    common = ["--model", "AIG8_C10", "--data_dir", cifar_dir, "--skip_data_check"]
+    common = ["--model", "MAX8_C10", "--data_dir", cifar_dir, "--skip_data_check"]
     python("aig_training.py", *common, *SHORT, "--cv_dir", tmp_path / "aig")
     out = python("test.py", *common, "--load", tmp_path / "aig", "--time", "--batch_size", "20")
     assert "Speed-up" in out
     code = """
 import torch, models
 torch.manual_seed(0)
-net, _ = models.build("AIG8_C10")
-fast, _ = models.deploy(net.eval(), None, torch.float64)
 x = torch.randn(6, 3, 32, 32, dtype=torch.float64)
-for found, expected in zip(fast(x), net.double()(x)):
-    torch.testing.assert_close(found.double(), expected.double())
-print(net.gates[0].fc1.in_features)
+for name in ("AIG8_C10", "MAX8_C10"):
+    net, _ = models.build(name)
+    for gate in net.gates:
+        torch.nn.init.normal_(gate.fc2.weight)
+    fast, _ = models.deploy(net.eval(), None, torch.float64)
+    for found, expected in zip(fast(x), net.double()(x)):
+        torch.testing.assert_close(found.double(), expected.double())
+    print(type(net.gates[0]).__name__, models.config(name).mean)
 """
-    assert python("-c", code) == "32\n"
+    first, second = python("-c", code).splitlines()
+    assert first == second.replace("MaxGate", "Gate") and second.startswith("MaxGate (0.49")
 
 
 def test_a_data_set(extended, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 import models
 import utils
-from engine import checkpoint
+from engine import storage
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_all_stages_on_a_folder_of_pictures(run, common, pictures, tmp_path):
                          "--max_epochs", 6, "--cv_dir", base)  # fmt: skip
     assert status == 0 and "1 pictures cannot be read, the first " in err, err
     (file,) = base.glob("pk_E_6_A_*.t7")
-    content = checkpoint.content(file)
+    content = storage.content(file)
     assert content["state_dict"]["fc.weight"].shape == (3, 512) and content["acc"] > 0.5
     metrics = json.loads((base / "metrics.jsonl").read_text().splitlines()[0])
     assert metrics["damaged_images"] == 1
@@ -67,13 +67,13 @@ def test_a_policy_network_starts_from_a_file(run, common, tmp_path):
 
     torch.manual_seed(0)
     resnet = models.build("R18_Folder", 3)[0]
-    checkpoint.write({"state_dict": resnet.state_dict()}, tmp_path / "base.t7")
+    storage.write({"state_dict": resnet.state_dict()}, tmp_path / "base.t7")
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "r18.pth")
     options = [*common, "--base", tmp_path / "base.t7", "--batch_size", 12, "--max_epochs", 1]
     status, _, err = run("cl_training", *options, "--lr", 1e-9, "--cv_dir", tmp_path / "cl",
                          "--policy_init", tmp_path / "r18.pth")  # fmt: skip
     assert status == 0, err
-    learned = checkpoint.content(tmp_path / "cl")["agent"]["features.blocks.1.0.conv1.weight"]
+    learned = storage.content(tmp_path / "cl")["agent"]["features.blocks.1.0.conv1.weight"]
     published = torch.load(tmp_path / "r18.pth", weights_only=True)["layer2.0.conv1.weight"]
     torch.testing.assert_close(learned, published, rtol=0, atol=1e-6)
 
@@ -82,7 +82,7 @@ def test_micro_batches_learn_what_whole_batches_do(run, common, tmp_path):
     """That gradients add up is tested in test_ranks.py; this is the script."""
     torch.manual_seed(0)
     resnet = models.build("R18_Folder", 3)[0]
-    checkpoint.write({"state_dict": resnet.state_dict()}, tmp_path / "base.t7")
+    storage.write({"state_dict": resnet.state_dict()}, tmp_path / "base.t7")
     options = [*common, "--base", tmp_path / "base.t7", "--batch_size", 12, "--max_epochs", 1]
     options += ["--policy_init", "none"]
     for name, extra in (("whole", ()), ("micro", ("--micro_batch", 4))):

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from engine.checkpoint import ROOT
+from engine.storage import ROOT
 
 FLOORS = ["utils", "models", "deploy", "engine"]
 LATE = {("models/__init__.py", "deploy")}  # the name models.deploy, looked up when it is asked for

@@ -10,8 +10,8 @@ import torch
 
 import models
 from deploy.classifier import Classifier
-from engine import checkpoint, weights
-from engine.checkpoint import ROOT
+from engine import bases, storage
+from engine.storage import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,9 @@ def test_an_entry_is_its_checkpoint(entry, images):
     spec.loader.exec_module(hub)
     name, pattern = hub._SHIPPED[entry]
     (path,) = ROOT.glob(pattern)
-    found = checkpoint.read(path)
+    found = storage.read(path)
     resnet, policy_net = models.build(name)
-    weights.load_into(resnet.eval(), found)
+    bases.load_into(resnet.eval(), found)
     x = normalised(name, images)
     with torch.no_grad():
         if entry == "AIG32_C10":
@@ -62,7 +62,7 @@ def test_an_entry_is_its_checkpoint(entry, images):
         else:
             policy = torch.ones(len(x), resnet.num_blocks)
             if entry == "R32_C10":
-                weights.load_into(policy_net.eval(), found)
+                bases.load_into(policy_net.eval(), found)
                 policy = (policy_net(x)[0] >= 0.5).float()
             elif entry == "R32_C10_late8":
                 policy[:] = torch.tensor([1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0])
@@ -79,7 +79,7 @@ def test_one_network_serves_every_budget(entry, hub):
     name, *patterns = hub._SHIPPED[entry]
     (path,) = ROOT.glob(patterns[-1])  # of the ResNet, by itself for R110_C10
     resnet, _ = models.build(name)
-    weights.load_into(resnet.eval(), checkpoint.read(path))
+    bases.load_into(resnet.eval(), storage.read(path))
     kept = []
     for penalty in (-0.5, -5.0, -50.0):
         net = getattr(hub, entry)(penalty=penalty)

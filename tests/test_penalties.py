@@ -12,7 +12,7 @@ from faults import same
 import engine
 import models
 import utils
-from engine import Shard, checkpoint
+from engine import Shard, storage
 
 
 class Depth(torch.nn.Module):
@@ -200,9 +200,9 @@ def test_a_warm_started_run_chooses_for_penalties(run, common, base_file, tmp_pa
     assert run(*tune, "--max_epochs", 2, "--load", halves)[0] == 0
     assert run(*tune, "--max_epochs", 2, "--cv_dir", tuned)[0] == 0
     assert same(trained(halves), trained(tuned))
-    before, after = (checkpoint.content(where / "last.t7") for where in (warm, tuned))
+    before, after = (storage.content(where / "last.t7") for where in (warm, tuned))
     assert all(same(before[name], after[name]) for name in ("agent", "correctness"))
-    assert not same(checkpoint.content(base_file)["state_dict"], after["resnet"])
+    assert not same(storage.content(base_file)["state_dict"], after["resnet"])
     assert run("test", *common, "--load", tuned, "--penalty", -7)[0] == 0
     # the curriculum goes on from there, in one run or in two
     assert run("cl_training", *options, "--max_epochs", 4, "--load", warm)[0] == 0

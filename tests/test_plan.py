@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 import models
-from engine import UserError, checkpoint, resume
+from engine import UserError, resume, storage
 
 CONFIG = models.config("R14_C10")
 
@@ -22,7 +22,7 @@ def begun(tmp_path):
     _, policy_net = models.build("R14_C10")
     content = {"agent": policy_net.state_dict(), "stage": 1, "epoch": 2, "model": "R14_C10"}
     content |= {"args": vars(options()), "base": "a base", "steps_done": 3, "partial": {}}
-    checkpoint.write(content, tmp_path / checkpoint.LAST)
+    storage.write(content, tmp_path / storage.LAST)
     return tmp_path
 
 
@@ -62,7 +62,7 @@ def test_what_would_lose_something_is_refused(begun, given, stage, why):
     given = {name: str(begun) if value == "HERE" else value for name, value in given.items()}
     with pytest.raises(UserError, match=why):
         resume.plan(options(**given), stage, CONFIG, "cv/tmp/")
-    assert [path.name for path in begun.iterdir()] == [checkpoint.LAST]
+    assert [path.name for path in begun.iterdir()] == [storage.LAST]
 
 
 def test_a_finished_run_is_only_told_of(begun):

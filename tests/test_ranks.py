@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from engine import checkpoint
+from engine import storage
 
-ROOT = checkpoint.ROOT
+ROOT = storage.ROOT
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 

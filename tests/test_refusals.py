@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ENV, ROOT, TINY, named, refused
 
-from engine import checkpoint
+from engine import storage
 
 
 @pytest.mark.parametrize("script", ["pretrain", "cl_training", "finetune", "test"])
@@ -59,9 +59,9 @@ def test_bad_checkpoints_are_refused(run, common, base_file, stage_1, tmp_path):
 
 
 def test_a_policy_learned_on_another_base_is_refused(run, common, stage_1, tmp_path, base_file):
-    other = checkpoint.content(base_file)
+    other = storage.content(base_file)
     other["state_dict"]["fc.bias"] += 1
-    checkpoint.write(other, tmp_path / "other.t7")
+    storage.write(other, tmp_path / "other.t7")
     refused(
         run("test", *common, "--load", named(stage_1)[0], "--base", tmp_path / "other.t7"),
         "another base",

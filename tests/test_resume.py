@@ -12,7 +12,7 @@ from conftest import ENV, ROOT, metrics, named, options_of, refused, trained
 from faults import same
 
 import engine
-from engine import checkpoint
+from engine import storage
 
 FASTER = {  # than the released recipe: what the README offers, all at once
     "cl_training": ["--schedule", "cosine", "--alpha", 0.95, "--samples", 2, "--cl_blocks", 3],
@@ -50,7 +50,7 @@ def test_resumed_run_ends_bit_identical(
         if process.wait() != 0:
             break
     assert process.returncode == -signal.SIGKILL  # before its end, so in mid-epoch
-    done = checkpoint.content(parts)["epoch"]
+    done = storage.content(parts)["epoch"]
     assert done < 3
     status, out, err = run(script, *options, *schedule, "--load", parts, "--max_epochs", 3)
     assert status == 0, err
@@ -100,9 +100,9 @@ def test_a_restart_goes_on_from_the_newest_state(run, common, base_file, tmp_pat
 def test_inside_an_epoch_the_batches_stay_as_they_were(run, common, base_file, tmp_path):
     options = [*common, "--base", base_file, "--max_epochs", 2]
     assert run("cl_training", *options, "--batch_size", 40, "--cv_dir", tmp_path)[0] == 0
-    content = checkpoint.content(tmp_path)
+    content = storage.content(tmp_path)
     content |= {"epoch": 1, "steps_done": 2, "partial": {}}
-    checkpoint.write(content, tmp_path / "last.t7")
+    storage.write(content, tmp_path / "last.t7")
     refused(run("cl_training", *options, "--batch_size", 20, "--load", tmp_path),
             "inside an epoch of --batch_size 40")  # fmt: skip
 
@@ -111,12 +111,12 @@ def test_a_run_first_writes_where_it_begins(run, common, base_file, tmp_path):
     """Inside an epoch, and in place of a newer state of its own directory."""
     options = [*common, "--base", base_file, "--batch_size", 40, "--test_every", 1]
     assert run("cl_training", *options, "--cv_dir", tmp_path / "a", "--max_epochs", 2)[0] == 0
-    content = checkpoint.content(tmp_path / "a")
-    checkpoint.write(content | {"epoch": 1, "steps_done": 2, "partial": {}}, tmp_path / "part.t7")
+    content = storage.content(tmp_path / "a")
+    storage.write(content | {"epoch": 1, "steps_done": 2, "partial": {}}, tmp_path / "part.t7")
     first = {}
 
     def stop(run, loader):
-        first.update(checkpoint.content(run.cv_dir))
+        first.update(storage.content(run.cv_dir))
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -126,7 +126,7 @@ def test_a_run_first_writes_where_it_begins(run, common, base_file, tmp_path):
         assert (first["epoch"], first["steps_done"]) == (1, 2)
         run("cl_training", *options, "--load", named(tmp_path / "a")[0])
         assert (first["epoch"], first["steps_done"]) == (1, 0)
-        assert checkpoint.content(tmp_path / "a")["epoch"] == 1
+        assert storage.content(tmp_path / "a")["epoch"] == 1
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -138,7 +138,7 @@ def test_signals_leave_a_run_that_goes_on(number, status, run, common, base_file
     _, err = process.communicate(timeout=30)
     assert process.returncode == status
     assert err.count("\n") == 1 and f"go on with --load {tmp_path}/last.t7" in err
-    done = checkpoint.content(tmp_path)["epoch"]
+    done = storage.content(tmp_path)["epoch"]
     code, out, err = run(
         "cl_training", *common, "--base", base_file, "--batch_size", 5, "--load", tmp_path,
         "--max_epochs", done + 1,
@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, common, tmp_path):
     assert status == 2
     assert re.search(r"the loss is (nan|inf) .* in epoch \d+, step \d+ of 3 .*lower --lr", err)
     assert err.count("\n") == 1 and f"go on with --load {tmp_path}" in err
-    assert all(t.isfinite().all() for t in checkpoint.content(tmp_path)["state_dict"].values())
+    assert all(t.isfinite().all() for t in storage.content(tmp_path)["state_dict"].values())
 
 
 def test_a_finished_run_is_left_alone(run, common, base_file, stage_1):
@@ -169,15 +169,15 @@ def test_a_run_killed_after_its_base_was_written_goes_on(run, common, tmp_path):
     options = [*common, "--max_epochs", 2, "--batch_size", 40, "--test_every", 1]
     assert run("pretrain", *options, "--cv_dir", tmp_path)[0] == 0
     (saved,) = tmp_path.glob("pk_E_2_*.t7")
-    before = checkpoint.content(saved)
-    content = checkpoint.content(tmp_path)
+    before = storage.content(saved)
+    content = storage.content(tmp_path)
     assert run("pretrain", *options[:-6], "--max_epochs", 1, "--batch_size", 40,
                "--test_every", 1, "--cv_dir", tmp_path / "one")[0] == 0  # fmt: skip
     (tmp_path / "last.t7").write_bytes((tmp_path / "one" / "last.t7").read_bytes())
     status, out, err = run("pretrain", *options, "--load", tmp_path)
     assert status == 0, err
-    assert checkpoint.content(tmp_path)["epoch"] == content["epoch"] == 2
-    assert checkpoint.content(saved).keys() == before.keys()
+    assert storage.content(tmp_path)["epoch"] == content["epoch"] == 2
+    assert storage.content(saved).keys() == before.keys()
 
 
 def test_a_run_goes_on_under_its_own_options(run, common, base_file, tmp_path):
@@ -198,11 +198,11 @@ def test_a_network_that_the_checkpoint_lacks_is_said(run, common, base_file, sta
     options = ["--base", base_file, "--batch_size", 40, "--cv_dir", tmp_path, "--max_epochs", 1]
     pretrained = ["--pretrained", named(stage_1)[0]]
     assert run("finetune", *common, *options, *pretrained)[0] == 0
-    content = checkpoint.content(tmp_path)
+    content = storage.content(tmp_path)
     # the released code calls the policy network net
     for name, rest in (("agent", {"net": content["agent"]}), ("resnet", {})):
         kept = {n: value for n, value in content.items() if n != name} | rest
-        checkpoint.write(kept | {"stage": 2}, tmp_path / "last.t7")
+        storage.write(kept | {"stage": 2}, tmp_path / "last.t7")
         result = run("finetune", *common, *options[:-1], 2, "--load", tmp_path)
         if rest:
             assert result[0] == 0, result[2]
@@ -216,9 +216,9 @@ def test_a_run_begun_with_an_option_that_is_gone_goes_on_elsewhere(
     options = [*common, "--base", base_file, "--batch_size", 20]
     old = tmp_path / "old"
     assert run("cl_training", *options, "--cv_dir", old, "--max_epochs", 1)[0] == 0
-    content = checkpoint.content(old)
+    content = storage.content(old)
     content["args"]["alpha_end"] = 0.95
-    checkpoint.write(content, old / "last.t7")
+    storage.write(content, old / "last.t7")
     go_on = [*options, "--load", old, "--max_epochs", 2]
     refused(run("cl_training", *go_on), "--alpha_end, which there is no more")
     status, _, err = run("cl_training", *go_on, "--cv_dir", tmp_path / "new")

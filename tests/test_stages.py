@@ -12,7 +12,7 @@ from conftest import TINY, metrics, named, options_of, refused, script_module, w
 
 import models
 import utils
-from engine import Shard, checkpoint, cifar
+from engine import Shard, cifar, storage
 
 LINE = r"A: \d\.\d{3} \| R: -?\d\.\d\dE[+-]\d\d \| S: \d+\.\d{3} \| V: \d+\.\d{3} \| #: \d+"
 
@@ -29,10 +29,10 @@ def test_stage_1_writes_what_users_expect(run, common, base_file, tmp_path):
     # every second epoch, and the last
     assert len(tests) == 2 and all(re.fullmatch(f"TS - {LINE}", line) for line in tests)
     assert [path.name[:8] for path in named(tmp_path)] == ["ckpt_E_2", "ckpt_E_3"]
-    content = checkpoint.content(named(tmp_path)[1])
+    content = storage.content(named(tmp_path)[1])
     assert content["epoch"] == 3 and "resnet" not in content
     assert content["acc"] == metrics(tmp_path)[2]["test_accuracy"]
-    assert checkpoint.content(tmp_path)["epoch"] == 3
+    assert storage.content(tmp_path)["epoch"] == 3
     keys = {"accuracy", "reward", "sparsity", "variance", "unique_policies"}
     assert {f"{s}_{k}" for s in ("train", "test") for k in keys} < metrics(tmp_path)[1].keys()
     assert "test_accuracy" not in metrics(tmp_path)[0]
@@ -58,13 +58,13 @@ def test_curriculum_forces_blocks_in_training_and_evaluation(run, common, base_f
 def test_a_cifar_policy_starts_from_a_classifier(run, common, base_file, tmp_path):
     torch.manual_seed(0)
     classifier = models.build("R8_C10")[0].state_dict()
-    checkpoint.write({"state_dict": classifier}, tmp_path / "r8.t7")
+    storage.write({"state_dict": classifier}, tmp_path / "r8.t7")
     status, _, err = run(
         "cl_training", *common, "--base", base_file, "--cv_dir", tmp_path / "cl",
         "--max_epochs", 1, "--batch_size", 120, "--lr", 1e-9, "--policy_init", tmp_path / "r8.t7",
     )  # fmt: skip
     assert status == 0, err
-    agent = checkpoint.content(tmp_path / "cl")["agent"]
+    agent = storage.content(tmp_path / "cl")["agent"]
     learned = [name for name in classifier if name.endswith("weight") and "fc" not in name]
     for name in learned:
         torch.testing.assert_close(agent[f"features.{name}"], classifier[name], rtol=0, atol=1e-6)
@@ -85,16 +85,16 @@ def test_a_policy_starts_from_another_on_another_base(
     status, _, err = run("cl_training", *common, "--base", other_base, "--cv_dir", tmp_path / "cl",
                          *learn, start)  # fmt: skip
     assert status == 0, err
-    agent, source = checkpoint.content(tmp_path / "cl")["agent"], checkpoint.content(start)["agent"]
+    agent, source = storage.content(tmp_path / "cl")["agent"], storage.content(start)["agent"]
     learned = [name for name in source if name.endswith(("weight", "logit.bias"))]
     assert len(learned) == 17
     for name in learned:
         torch.testing.assert_close(agent[name], source[name], rtol=0, atol=1e-6)
-    assert checkpoint.content(tmp_path / "cl")["base"] != checkpoint.content(start)["base"]
+    assert storage.content(tmp_path / "cl")["base"] != storage.content(start)["base"]
 
     torch.manual_seed(0)
     deeper = models.build("R26_C10")[1].state_dict()
-    checkpoint.write({"agent": deeper, "model": "R26_C10"}, tmp_path / "deeper.t7")
+    storage.write({"agent": deeper, "model": "R26_C10"}, tmp_path / "deeper.t7")
     status, _, err = run("cl_training", *common, "--base", base_file, "--cv_dir", tmp_path / "no",
                          *learn, tmp_path / "deeper.t7")  # fmt: skip
     assert status == 2 and "deeper.t7" in err and "logit" in err
@@ -103,14 +103,14 @@ def test_a_policy_starts_from_another_on_another_base(
 def test_the_resnet_is_frozen_in_stage_1_and_learns_in_stage_2(
     run, common, base_file, stage_1, tmp_path
 ):
-    base = checkpoint.content(base_file)["state_dict"]
+    base = storage.content(base_file)["state_dict"]
     status, _, err = run(
         "finetune", *options_of("finetune", common, base_file, stage_1), "--cv_dir", tmp_path,
         "--max_epochs", 2, "--penalty", -10, "--lr", 1e-3,
     )  # fmt: skip
     assert status == 0, err
-    content = checkpoint.content(named(tmp_path)[0])
-    start = checkpoint.content(named(stage_1)[1])
+    content = storage.content(named(tmp_path)[0])
+    start = storage.content(named(stage_1)[1])
     assert content["stage"] == 2
     assert not torch.equal(content["resnet"]["conv1.weight"], base["conv1.weight"])
     assert not torch.equal(content["resnet"]["bn1.running_mean"], base["bn1.running_mean"])
@@ -160,8 +160,8 @@ def test_profile_prints_four_lines_at_any_batch_size(
 def profile_by_hand(path, base_file, cifar_dir):
     """What test.py should find, image by image."""
     resnet, policy_net = models.build(TINY)
-    models.load_resnet(resnet, checkpoint.content(base_file)["state_dict"])
-    models.load_policy(policy_net, checkpoint.content(path)["agent"])
+    models.load_resnet(resnet, storage.content(base_file)["state_dict"])
+    models.load_policy(policy_net, storage.content(path)["agent"])
     resnet.eval(), policy_net.eval()
     arrays = cifar.load("CIFAR10", cifar_dir, check=False)
     right, blocks, flops, policies = 0, [], [], set()
@@ -364,7 +364,7 @@ def test_a_random_static_policy_is_profiled_as_it_was_finetuned(run, common, bas
         status, _, err = run("finetune", *common, *options, "--policy", "random:3",
                              "--seed", seed, "--cv_dir", tmp_path / str(seed))  # fmt: skip
         assert status == 0, err
-    content = checkpoint.content(tmp_path / "2")
+    content = storage.content(tmp_path / "2")
     assert content["args"]["policy"] == "random:3:2"
     figures = tmp_path / "figures.json"
     assert run("test", *common, "--load", tmp_path / "2", "--json", figures)[0] == 0
@@ -418,16 +418,16 @@ def test_a_policy_network_of_16_pixels_stays_one(run, common, base_file, tmp_pat
     options = [*common, "--base", base_file, "--batch_size", 40, "--max_epochs", 1]
     cl, ft = tmp_path / "cl", tmp_path / "ft"
     assert run("cl_training", *options, "--policy_size", 16, "--cv_dir", cl)[0] == 0
-    assert checkpoint.content(cl)["policy_size"] == 16
+    assert storage.content(cl)["policy_size"] == 16
     assert run("cl_training", *options[:-1], 2, "--load", cl)[0] == 0
     assert run("finetune", *options, "--pretrained", cl / "last.t7", "--cv_dir", ft)[0] == 0
-    assert checkpoint.content(ft)["policy_size"] == 16
+    assert storage.content(ft)["policy_size"] == 16
     flops = {}
     for size in (16, 32):
-        content = checkpoint.content(ft)
+        content = storage.content(ft)
         if size == 32:
             del content["policy_size"]  # as files were before there was a choice
-        checkpoint.write(content, tmp_path / "ckpt.t7")
+        storage.write(content, tmp_path / "ckpt.t7")
         figures = tmp_path / "figures.json"
         assert run("test", *common, "--load", tmp_path / "ckpt.t7", "--json", figures)[0] == 0
         found = json.loads(figures.read_text())
@@ -436,5 +436,5 @@ def test_a_policy_network_of_16_pixels_stays_one(run, common, base_file, tmp_pat
     policy_flops = utils.count_flops(models.build("R14_C10")[1], (3, 32, 32))
     assert flops[32] - flops[16] == pytest.approx(0.75 * policy_flops, rel=0.2)
     content["policy_size"] = 12
-    checkpoint.write(content, tmp_path / "ckpt.t7")
+    storage.write(content, tmp_path / "ckpt.t7")
     refused(run("test", *common, "--load", tmp_path / "ckpt.t7"), "32 or 16 pixels, not 12")

@@ -20,7 +20,7 @@ import engine
 import models
 import utils
 from engine import loop
-from engine.checkpoint import ROOT
+from engine.storage import ROOT
 from models import execution
 
 # Calls that return once the GPU is done: a value that Python reads, or a shape that depends on one.

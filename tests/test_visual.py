@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, refused, script_module
 
 import models
-from engine import checkpoint
+from engine import storage
 from engine.data import DATA_SETS
 from visual import facts, figures, page
 
@@ -154,7 +154,7 @@ def stage_2(path, bias, base_file):
         policy_net.logit.bias.fill_(bias)
         policy_net.logit.weight.zero_()
     content = {"agent": policy_net.state_dict(), "model": TINY, "stage": 2, "epoch": 1}
-    checkpoint.write(content | {"resnet": checkpoint.content(base_file)["state_dict"]}, path)
+    storage.write(content | {"resnet": storage.content(base_file)["state_dict"]}, path)
     return path
 
 
@@ -171,7 +171,7 @@ def test_a_report_of_many_classes_groups_them(run, tmp_path):
     resnet, policy_net = models.build("R8_C100")
     content = {"agent": policy_net.state_dict(), "model": "R8_C100", "stage": 2, "epoch": 1}
     path = tmp_path / "ckpt.t7"
-    checkpoint.write(content | {"resnet": resnet.state_dict()}, path)
+    storage.write(content | {"resnet": resnet.state_dict()}, path)
     out = tmp_path / "report"
     options = ["--data_dir", tmp_path, "--skip_data_check", "--load", path, "--out", out]
     options += ["--paths", 1, "--examples", 1]
@@ -211,7 +211,7 @@ def test_a_second_report_uses_the_first_ones_predictions(
     path = stage_2(tmp_path / "ckpt.t7", 50.0, base_file)
     options = [*common, "--load", path, "--out", tmp_path / "report"]
     assert run("visualize", *options)[0] == 0
-    cached = checkpoint.content(tmp_path / "ckpt.predictions.pt")
+    cached = storage.content(tmp_path / "ckpt.predictions.pt")
     assert cached["policy"].shape == (40, 6)
 
     forward = models.PolicyNet.forward

@@ -12,7 +12,7 @@ from conftest import TINY
 
 import engine
 import models
-from engine import weights
+from engine import bases
 
 
 def images():
@@ -120,7 +120,7 @@ def test_released_stage_1_checkpoint_loads(tmp_path, key, run, cifar_dir, base_f
     state["module.features.fc.bias"] = torch.zeros(10)
     path = tmp_path / "ckpt_E_730_A_0.754_R_1.10E-01_S_20.10_#_7787.t7"
     save_as_torch_0_3({key: state, "epoch": 730, "reward": 0.11, "acc": 0.754}, path)
-    found = engine.checkpoint.read(path)
+    found = engine.storage.read(path)
     assert (found.epoch, found.stage, found.resnet) == (730, 1, None)
     _, target = models.build(TINY)
     found.load_into(target)
@@ -137,7 +137,7 @@ def test_released_stage_2_checkpoint_loads(tmp_path, run, cifar_dir):
     path = tmp_path / "ckpt_E_2000.t7"
     content = {"agent": old_state(policy_net, ""), "resnet": old_state(resnet), "epoch": 2000}
     save_as_torch_0_3(content, path)
-    found = engine.checkpoint.read(path)
+    found = engine.storage.read(path)
     target, _ = models.build(TINY)
     assert found.stage == 2
     found.load_into(target)
@@ -228,7 +228,7 @@ def test_weights_for_pixels_that_are_normalised_in_another_way(tmp_path):
     source.double().eval()
     content = {"state_dict": source.state_dict(), "model": "R14_C10"}
     target = copy.deepcopy(source)
-    models.load_resnet(target, weights.start_weights(ours, models.Checkpoint.of(content, "a.t7")))
+    models.load_resnet(target, bases.start_weights(ours, models.Checkpoint.of(content, "a.t7")))
     images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (ours.mean, ours.std))
 
@@ -239,11 +239,9 @@ def test_weights_for_pixels_that_are_normalised_in_another_way(tmp_path):
         expected, found = stem(source, images), stem(target, (images - mean) / std)
         assert (stem(source, (images - mean) / std) - expected).abs().max() > 0.1
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    same = weights.start_weights(theirs, models.Checkpoint.of(content, "a.t7"))
+    same = bases.start_weights(theirs, models.Checkpoint.of(content, "a.t7"))
     assert all(torch.equal(same[n], t) for n, t in source.state_dict().items())
     for name in ("conv1.weight", "bn1.running_mean"):
         state = {n: t for n, t in source.state_dict().items() if n != name}
         with pytest.raises(engine.UserError, match="b.t7"):
-            weights.start_weights(
-                ours, models.Checkpoint.of(content | {"state_dict": state}, "b.t7")
-            )
+            bases.start_weights(ours, models.Checkpoint.of(content | {"state_dict": state}, "b.t7"))

@@ -11,13 +11,13 @@ import models
 from models import Checkpoint, Config
 from models.weights import State
 
-from . import checkpoint, ranks
+from . import ranks, storage
 from .process import UserError, user_errors
 
 
 def base_directory(model: str) -> Path:
     """Where the pretrained ResNets of a model are kept."""
-    return checkpoint.ROOT / "cv" / "pretrained" / model
+    return storage.ROOT / "cv" / "pretrained" / model
 
 
 def find_base(
@@ -47,7 +47,7 @@ def find_base(
 
 def is_pretrained_directory(path: Path) -> bool:
     """Whether a directory holds pretrained ResNets and no run."""
-    return path.is_dir() and not (path / checkpoint.LAST).exists()
+    return path.is_dir() and not (path / storage.LAST).exists()
 
 
 def keep_base(folder: str | Path) -> None:
@@ -64,9 +64,9 @@ def shown(path: Path) -> Path:
 
 def pretrained_weights(config: Config, given: str) -> tuple[Path, State]:
     """The ResNet that `--pretrained` names, of any number of classes: its file and tensors."""
-    plain = config.name.replace("AIG", "R")  # what pretrain.py makes
+    plain = f"R{config.depth}_{config.name.partition('_')[2]}"  # what pretrain.py makes
     path = find_base(plain, given, option="--pretrained")
-    return path, start_weights(config, checkpoint.read(path))
+    return path, start_weights(config, storage.read(path))
 
 
 def start_weights(config: Config, start: Checkpoint) -> State:
@@ -85,7 +85,7 @@ def read_for(config: Config, path: str | Path) -> Checkpoint:
     """Read a checkpoint and refuse it when it says, or its tensors show, that it is for another
     model.
     """
-    found = checkpoint.read(path)
+    found = storage.read(path)
     blocks = found.num_blocks or config.num_blocks
     if (found.model or config.name) != config.name or blocks != config.num_blocks:
         named = f"{found.model} ({blocks} blocks)" if found.model else f"{blocks} blocks"
