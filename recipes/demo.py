@@ -26,8 +26,8 @@ MODEL = "R32_C10"
 TRAINING = "--subset 20000 --batch_size 128 --schedule cosine --penalty -10".split()
 POLICY = "--policy_size 16 --policy_init cv/pretrained/R8_C10".split()
 STAGE_1 = "--max_epochs 8 --warm_start 8 --test_every 8 --lr 3e-3".split()
-STAGE_2 = "--max_epochs 3 --test_every 3 --resnet_lr 0.005".split()
-PENALTIES = (-0.5, -2, -5, -15, -50)  # that stage 1's one network is asked to choose for
+STAGE_2 = "--max_epochs 3 --test_every 3 --resnet_lr 0.005 --alpha 0.95".split()
+PENALTIES = (-0.5, -5, -50)  # that stage 1's one network is asked to choose for
 SHUFFLED_AT = -5  # the one of them whose policies are shuffled over the images as well
 
 BATCH, STEPS = 128, 3  # of the measurement
@@ -36,9 +36,8 @@ FIXED, IMAGES = 330, 150_000
 say = partial(print, flush=True)  # in order with what the scripts say
 
 
-def measure(precision: str) -> dict[int, float]:
+def measure(place: torch.device, precision: str) -> dict[int, float]:
     """Images a second of steps like stage 2's, under one thread and under all."""
-    place = device.pick()
     resnet, policy_net = (device.place(network, place) for network in models.build(MODEL, 10))
     images = torch.randn(BATCH, 3, 32, 32, device=place)
     labels, args = images.new_zeros(BATCH).long(), Namespace(penalty=-10, alpha=0.8)
@@ -71,11 +70,13 @@ def main() -> None:
     began = time.perf_counter()
     parser = options.Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("cv/demo"), help="directory to write into")
+    parser.add_argument("--device", type=options.device_name, help="cpu, cuda or cuda:N")
     args, rest = parser.parse_known_args()  # what is left over goes to every script
+    rest += ["--device", args.device] if args.device else []
     with user_errors(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     common = ["--model", MODEL, "--precision", device.fast_precision()]
-    threads, busy, forecast = plan(measure(common[-1]))
+    threads, busy, forecast = plan(measure(device.pick(args.device), common[-1]))
     if busy:
         say("This machine is busy: one thread is as fast as all of them.")
     say(f"forecast: {forecast / 60:.1f} minutes with OMP_NUM_THREADS={threads}")

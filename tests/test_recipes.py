@@ -224,11 +224,10 @@ def test_the_demo_takes_the_faster_number_of_threads(paces, threads, busy, demo)
 
 def test_the_demo_measures_both_numbers_of_threads(demo, monkeypatch):
     monkeypatch.setattr(demo, "BATCH", 4)
-    monkeypatch.setattr(demo.device, "pick", lambda: torch.device("cpu"))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        paces = demo.measure("fp32")
+        paces = demo.measure(torch.device("cpu"), "fp32")
     finally:
         torch.set_num_threads(before)
     assert sorted(paces) == [1, 2] and all(pace > 0 for pace in paces.values())
@@ -239,7 +238,7 @@ def test_the_demo_runs_every_stage(demo, cifar_dir, tmp_path, monkeypatch, capfd
     monkeypatch.setattr(demo, "PENALTIES", (-1, -50))
     monkeypatch.setattr(demo, "SHUFFLED_AT", -1)
     arguments = ["demo.py", "--out", tmp_path, "--subset", 40]
-    arguments += ["--data_dir", cifar_dir, "--skip_data_check"]
+    arguments += ["--data_dir", cifar_dir, "--skip_data_check", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     demo.main()
     out = capfd.readouterr().out
@@ -248,7 +247,7 @@ def test_the_demo_runs_every_stage(demo, cifar_dir, tmp_path, monkeypatch, capfd
     ]
     rows = ["full", *(f"penalty {penalty}" for penalty in demo.PENALTIES), "stage 2"]
     assert [row[1] for row in table[2:]] == rows
-    assert [row[-2] != "" for row in table[2:]] == [False, True, False, True]  # dealt
+    assert [row[-2] != "" for row in table[2:]] == [False, True, False, True]  # shuffled
     for name in ("ms/img", "speed-up"):
         assert all(float(row[table[0].index(name)]) > 0 for row in table[2:])
     assert "forecast: " in out and out.splitlines()[-1].startswith("took ")
