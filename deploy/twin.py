@@ -61,7 +61,7 @@ def deploy_policy(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def linear(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
+    return tuple(part.detach().to(dtype, copy=True) for part in (layer.weight, layer.bias))
 
 
 class DeployedResNet(nn.Module):

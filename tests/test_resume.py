@@ -207,7 +207,7 @@ def test_a_network_that_the_checkpoint_lacks_is_said(run, common, base_file, sta
         if rest:
             assert result[0] == 0, result[2]
         else:
-            refused(result, "holds no 'resnet'")
+            refused(result, "holds no ResNet")
 
 
 def test_a_run_begun_with_an_option_that_is_gone_goes_on_elsewhere(
