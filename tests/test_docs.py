@@ -66,7 +66,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_readme_is_of_one_sitting():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 def test_the_work_tree_is_light():
@@ -76,5 +76,5 @@ def test_the_work_tree_is_light():
         pytest.skip("no git work tree")
     names = listed.stdout.decode().split("\0")[:-1]
     sizes = {n: (ROOT / n).stat().st_size for n in names if (ROOT / n).exists()}
-    assert sum(sizes.values()) < 45 * 10**6
+    assert sum(sizes.values()) < 40 * 10**6
     assert max(sizes.values()) < 8 * 2**20, max(sizes, key=sizes.get)
