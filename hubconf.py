@@ -15,21 +15,24 @@ dependencies = ["torch", "numpy"]
 
 _ROOT = _Path(__file__).resolve().parent
 
-# An entry's model and its checkpoint, the one file that fits; where that is of stage 1, its base.
+# An entry's model and its checkpoint; where that is of stage 1, its base.
 _SHIPPED = {
-    "R32_C10": ("R32_C10", "cv/R32_C10/stage2/ckpt_*.t7"),
-    "R32_C10_anytime": ("R32_C10", "cv/R32_C10/penalties/ckpt_*.t7"),
-    "R32_C10_late8": ("R32_C10", "cv/R32_C10/late8/ckpt_*.t7"),
-    "R32_C10_full": ("R32_C10", "cv/pretrained/R32_C10/pk_*.t7"),
-    "R110_C10": ("R110_C10", "cv/R110_C10/stage2/ckpt_*.t7"),
+    "R32_C10": ("R32_C10", "cv/R32_C10/stage2/ckpt_E_6_A_0.919_R_2.73E-01_S_7.60_#_9.t7"),
+    "R32_C10_anytime": (
+        "R32_C10",
+        "cv/R32_C10/penalties/ckpt_E_6_A_0.911_R_3.03E-01_S_6.20_#_8.t7",
+    ),
+    "R32_C10_late8": ("R32_C10", "cv/R32_C10/late8/ckpt_E_6_A_0.920_R_2.60E-01_S_8.00_#_1.t7"),
+    "R32_C10_full": ("R32_C10", "cv/pretrained/R32_C10/pk_E_24_A_0.929.t7"),
+    "R110_C10": ("R110_C10", "cv/R110_C10/stage2/ckpt_E_4_A_0.928_R_5.07E-01_S_13.91_#_32.t7"),
     "R110_C10_anytime": (
         "R110_C10",
-        "cv/R110_C10/curve/ckpt_*.t7",
-        "cv/pretrained/R110_C10/pk_*.t7",
+        "cv/R110_C10/curve/ckpt_E_8_A_0.924_R_4.93E-01_S_12.69_#_31.t7",
+        "cv/pretrained/R110_C10/pk_E_15_A_0.929.t7",
     ),
-    "R110_C10_full": ("R110_C10", "cv/pretrained/R110_C10/pk_*.t7"),
-    "AIG32_C10": ("AIG32_C10", "cv/AIG32_C10/target0.6/ckpt_*.t7"),
-    "AIG32_C10_target04": ("AIG32_C10", "cv/AIG32_C10/target0.4/ckpt_*.t7"),
+    "R110_C10_full": ("R110_C10", "cv/pretrained/R110_C10/pk_E_15_A_0.929.t7"),
+    "AIG32_C10": ("AIG32_C10", "cv/AIG32_C10/target0.6/ckpt_E_12_A_0.912_S_11.19_#_636.t7"),
+    "AIG32_C10_target04": ("AIG32_C10", "cv/AIG32_C10/target0.4/ckpt_E_12_A_0.894_S_7.64_#_950.t7"),
 }
 
 _OURS = ("deploy", "models", "utils")
@@ -71,11 +74,10 @@ with _own_modules():
 
 def _network(entry: str, pretrained: bool, penalty: float | None = None) -> _Classifier:
     """One entry's network, in evaluation mode; with a penalty, its policies are those for it."""
-    name, *patterns = _SHIPPED[entry]
+    name, *files = _SHIPPED[entry]
     config = _models.config(name)
     resnet, policy_net = _models.build(name)
-    files = [path for pattern in patterns for path in _ROOT.glob(pattern)]
-    found, *base = (_models.Checkpoint.read(path) for path in files)
+    found, *base = (_models.Checkpoint.read(_ROOT / file) for file in files)
     if config.gated:
         resnet.set_targets(found.targets)
     if pretrained:

@@ -7,6 +7,7 @@ it, so the others are not touched.
 
 from collections.abc import Container
 from copy import deepcopy
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,28 @@ PACKED_BATCH = 16
 TILE = 32
 
 
+@cache
+def count_flops() -> None:
+    """Have torch's FLOP counter count oneDNN's kernels, which it does not know by itself.
+
+    Other counters (thop, ptflops, torchinfo) go by modules, of which a twin has none.
+    """
+    from torch.utils import flop_counter  # slow to import
+
+    ops = torch.ops.mkldnn
+    if ops._convolution_pointwise in flop_counter.flop_registry:  # by another copy of this module
+        return
+
+    def pointwise(x, weight, *_, out_shape=None, **__) -> int:
+        return flop_counter.conv_flop_count(x, weight, out_shape, transposed=False)
+
+    def in_place(shortcut, x, weight, *_, out_shape=None, **__) -> int:
+        return flop_counter.conv_flop_count(x, weight, shortcut, transposed=False)
+
+    flop_counter.register_flop_formula(ops._convolution_pointwise)(pointwise)
+    flop_counter.register_flop_formula(ops._convolution_pointwise_)(in_place)
+
+
 class Conv:
     """A convolution with its BatchNorm folded in, and what follows it in a residual network."""
 
@@ -38,8 +61,13 @@ class Conv:
         self.bias = folded.bias.detach().to(dtype)
         self.geometry = (list(conv.padding), list(conv.stride), [1, 1], 1)
         self.onednn = conv.weight.device.type == "cpu" and capabilities.fused_convolutions(dtype)
+        if self.onednn:
+            count_flops()
         self.packed: dict[tuple[int, ...], Tensor] = {}
         self.threads = 0
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "packed": {}}  # which cannot be copied, and is made anew
 
     def weight_for(self, x: Tensor) -> Tensor:
         """The weight as oneDNN's kernels read it, made at the first batch of this kind.

@@ -1,10 +1,12 @@
 """Images in, logits out: what decides and what computes, in one module."""
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor, nn
 
 import models
-from models import GatedResNet, ResNet
+from models import GatedResNet, PenaltyPolicy, ResNet
 
 from .twin import deploy
 
@@ -13,9 +15,10 @@ class Classifier(nn.Module):
     """A network with its policy, called with pixels.
 
     In evaluation mode it computes with deployed copies (`deploy`), made anew at the first call
-    after the weights, their device or their dtype have changed by a method of this module; in
-    training mode with the networks themselves, whose gates then sample. `policy_module` decides,
-    a policy module as `deploy` takes, or None where the ResNet decides by itself.
+    after weights, their device or their dtype have changed, also inside its parts; call `eval()`
+    after a part was replaced or written to through `.data`. In training mode it computes with the networks themselves, whose gates
+    then sample. `policy_module` decides, a policy module as `deploy` takes, or None where the
+    ResNet decides by itself; the penalty of a `PenaltyPolicy` may be set anew at any time.
     """
 
     def __init__(
@@ -27,7 +30,7 @@ class Classifier(nn.Module):
         for name, value in (("mean", config.mean), ("std", config.std)):
             value = torch.tensor(value, dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
-        self._deployed = None
+        self._deployed, self._tensors, self._changes = None, [], 0
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), uint8 or float in [0, 1], RGB. Returns logits (B, classes)."""
@@ -49,10 +52,16 @@ class Classifier(nn.Module):
     def _networks(self) -> tuple[nn.Module, nn.Module | None]:
         if self.training:
             return self.resnet, self.policy_module
-        if self._deployed is None:
+        changes = sum(map(attrgetter("_version"), self._tensors))
+        if self._deployed is None or changes != self._changes:
             dtype = next(self.resnet.parameters()).dtype
             self._deployed = deploy(self.resnet, self.policy_module, dtype)
-        return self._deployed
+            self._tensors = [*self.parameters(), *self.buffers()]
+            self._changes = sum(map(attrgetter("_version"), self._tensors))
+        resnet, policy = self._deployed
+        if isinstance(policy, PenaltyPolicy):
+            policy.penalty = self.policy_module.penalty
+        return resnet, policy
 
     def _forget(self) -> None:
         """What follows may change the weights."""
@@ -71,4 +80,4 @@ class Classifier(nn.Module):
         return super().load_state_dict(*args, **options)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_deployed": None}  # packed weights cannot be copied
+        return {**self.__dict__, "_deployed": None, "_tensors": []}  # made anew where it is wanted

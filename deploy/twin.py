@@ -3,8 +3,9 @@
 Weights and activations stay in one dtype; `block` has what makes a block fast.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,39 @@ from .block import Batch, Block, Conv, refuse_unknown
 # Images that pass through the network together on a CPU: few make the overhead of a call weigh,
 # many leave the cache (benchmarks/README.md has the figures). A GPU takes the whole batch.
 CPU_CHUNK = 512
+
+
+def inference(forward: Callable) -> Callable:
+    """A twin's method, run without gradients; what it returns may go into a network that learns.
+
+    torch.compile leaves it alone: the twin fuses by itself, and torch 2.15 fails to compile it.
+    """
+    forward = torch.inference_mode()(forward)
+
+    @wraps(forward)
+    def run(*args):
+        execution.refuse_tracing()
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(run)(*args)
+        out = forward(*args)
+        if torch.is_inference_mode_enabled():  # a part of another twin's work
+            return out
+        return tuple(part.clone() for part in out) if isinstance(out, tuple) else out.clone()
+
+    return run
+
+
+class Twin(nn.Module):
+    """An inference-only copy, whose weights lie as its kernels want them: it has no parameters."""
+
+    def _apply(self, fn, recurse=True):
+        raise TypeError(
+            f"a {type(self).__name__} keeps its dtype and device: change the original's and deploy "
+            "that"
+        )
+
+    def state_dict(self, *args, **options):
+        raise TypeError(f"a {type(self).__name__} has no state dict: save the original's")
 
 
 def deploy(
@@ -64,7 +98,7 @@ def linear(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return tuple(part.detach().to(dtype, copy=True) for part in (layer.weight, layer.bias))
 
 
-class DeployedResNet(nn.Module):
+class DeployedResNet(Twin):
     """A ResNet's inference-only twin; see `deploy`."""
 
     decides = False
@@ -83,9 +117,11 @@ class DeployedResNet(nn.Module):
         if resnet.fc is not None:
             self.fc = linear(resnet.fc, self.wide)
 
-    @torch.inference_mode()
+    @inference
     def forward(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
         """As `ResNet.forward`; policy None, (B, K) or (P, B, K)."""
+        if policy is not None:
+            execution.check(policy, len(x), self.num_blocks)
         size = CPU_CHUNK if x.device.type == "cpu" else len(x)
         if policy is None:
             return torch.cat([self.head(self.full(self.stem(part))) for part in x.split(size)])
@@ -149,7 +185,7 @@ class DeployedResNet(nn.Module):
             return F.linear(x, *self.fc)
 
 
-class DeployedPolicyNet(nn.Module):
+class DeployedPolicyNet(Twin):
     """A policy network's inference-only twin; see `deploy`."""
 
     def __init__(self, policy_net: PolicyNet, dtype: torch.dtype):
@@ -161,14 +197,14 @@ class DeployedPolicyNet(nn.Module):
         self.logit = linear(policy_net.logit, self.features.wide)
         self.vnet = linear(policy_net.vnet, self.features.wide)
 
-    @torch.inference_mode()
+    @inference
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `PolicyNet.forward`."""
         x = self.look(x)
         with torch.autocast(x.device.type, enabled=False):
             return torch.sigmoid(F.linear(x, *self.logit)), F.linear(x, *self.vnet)
 
-    @torch.inference_mode()
+    @inference
     def look(self, x: Tensor) -> Tensor:
         """As `PolicyNet.look`."""
         return self.features(self.shrink(x))
@@ -182,7 +218,7 @@ class DeployedPenaltyPolicy(PenaltyPolicy):
         confidence = deepcopy(policy.confidence).to(policy_net.features.wide)
         super().__init__(policy_net, confidence, policy.penalty)
 
-    @torch.inference_mode()
+    @inference
     def choose(self, features: Tensor) -> Tensor:
         """As `PenaltyPolicy.choose`, in full precision under autocast too."""
         with torch.autocast(features.device.type, enabled=False):
@@ -209,7 +245,7 @@ class DeployedGate:
             return torch.mv(hidden, self.weight) > -self.bias
 
 
-class DeployedGatedResNet(nn.Module):
+class DeployedGatedResNet(Twin):
     """A ConvNet-AIG's inference-only twin, its gates deterministic; see `deploy`."""
 
     decides = True
@@ -224,7 +260,7 @@ class DeployedGatedResNet(nn.Module):
             for k, gate in enumerate(net.gates)
         ]
 
-    @torch.inference_mode()
+    @inference
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `GatedResNet.forward` in evaluation mode; returns logits and gates (B, K)."""
         size = CPU_CHUNK if x.device.type == "cpu" else len(x)

@@ -28,12 +28,33 @@ def full(units: Sequence[Unit], x: Tensor) -> Tensor:
     return x
 
 
+def check(policy: Tensor, num_images: int, num_blocks: int) -> None:
+    """Raise ValueError for a policy of another shape than (B, K) or (P, B, K)."""
+    if policy.shape[-2:] != (num_images, num_blocks) or policy.ndim > 3:
+        raise ValueError(
+            f"policy has shape {tuple(policy.shape)}, not {(num_images, num_blocks)}: "
+            "one row an image, one column a block"
+        )
+
+
+def refuse_tracing() -> None:
+    """Raise RuntimeError under torch.jit.trace, as FLOP counters use it: what it records would be
+    right for the policies of the example alone.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "blocks that depend on the image cannot be traced: the trace would be wrong for every "
+            "other policy. export.py writes ONNX; test.py and utils.block_flops count FLOPs"
+        )
+
+
 def kept_counts(policy: Tensor) -> list[int]:
     """How many images keep each of the K blocks, of (B, K) or (P, B, K) policies.
 
     This is where a forward pass waits for a GPU, once for the whole network and not once a block:
     everything else that depends on the policy follows from these K numbers or stays on the device.
     """
+    refuse_tracing()
     return policy.bool().flatten(0, -2).sum(0).tolist()
 
 
@@ -98,6 +119,7 @@ def padded(count: int, images: int, multiple: int) -> int:
 
 def open_rows(gate: Tensor, multiple: int = 1) -> Tensor:
     """The indices of the images whose gate (B,) is open; one wait for a GPU."""
+    refuse_tracing()
     rows = gate.nonzero()[:, 0]
     more = padded(len(rows), len(gate), multiple) - len(rows)
     return torch.cat([rows, rows[:1].expand(more)]) if more else rows
@@ -197,10 +219,22 @@ def sparse(units: Sequence[Unit], x: Tensor, kept: Sequence[Tensor]) -> Tensor:
     return x
 
 
-def masked(units: Sequence[Unit], x: Tensor, policy: Tensor) -> Tensor:
-    """All blocks, each run on every row and then selected by the policy."""
+def masked(
+    units: Sequence[Unit], x: Tensor, policy: Tensor, counts: list[int] | None = None
+) -> Tensor:
+    """All blocks, each run on every row and then selected by the policy.
+
+    As released, a block that no row keeps is not run, and its BatchNorm learns nothing. Where
+    ranks share BatchNorm's statistics they have to come to it together, and all are run.
+    """
     keep = policy.bool()
-    for k, (branch, shortcut) in enumerate(units):
+    if torch.jit.is_tracing():  # it has to hold for every policy
+        counts = [len(x)] * len(units)
+    counts = kept_counts(policy) if counts is None else counts
+    for k, ((branch, shortcut), count) in enumerate(zip(units, counts, strict=True)):
         dropped = shortcut(x)
+        if not count and not isinstance(branch.bn1, nn.SyncBatchNorm):
+            x = dropped
+            continue
         x = torch.where(keep[:, k, None, None, None], F.relu(dropped + branch(x)), dropped)
     return x

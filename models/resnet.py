@@ -125,11 +125,7 @@ class ResNet(nn.Module):
         units = self.units()
         if policy is None:
             return self.head(execution.full(units, self.stem(x)))
-        if policy.shape[-2:] != (len(x), self.num_blocks) or policy.ndim > 3:
-            raise ValueError(
-                f"policy has shape {tuple(policy.shape)}, not {(len(x), self.num_blocks)}: "
-                "one row an image, one column a block"
-            )
+        execution.check(policy, len(x), self.num_blocks)
         x = self.stem(x)
         if policy.ndim == 2:
             return self.head(self.run(units, x, policy))
@@ -148,7 +144,7 @@ class ResNet(nn.Module):
     ) -> Tensor:
         """Some units in the form that `execution` names; policy (B, K), for as many units."""
         if self.execution == "masked":
-            return execution.masked(units, x, policy)
+            return execution.masked(units, x, policy, counts)
         rows = execution.kept_rows(policy, counts, self.multiple())
         return execution.sparse(units, x, rows)
 

@@ -1,5 +1,8 @@
 """The inference-only twins compute what the originals compute."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from test_models import random_norms
@@ -282,3 +285,136 @@ def test_rows_are_not_padded_where_they_would_count_twice(monkeypatch):
     with torch.no_grad():
         resnet(torch.randn(10, 3, 32, 32), policy)
     assert set(sizes[-6:]) == {8}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", ["R14_C10", "AIG14_C10"])
+def test_later_changes_of_the_originals_do_not_reach_the_copies(name, dtype):
+    resnet, policy_net = models.build(name)
+    policy = None
+    if policy_net is not None:
+        head = models.build_confidence(models.config(name), policy_net)
+        policy = models.PenaltyPolicy(policy_net, head, -5.0)
+    fast, decide = models.deploy(resnet.to(dtype), policy and policy.to(dtype), dtype)
+    x = torch.rand(3, 3, 32, 32, dtype=dtype)
+    before = models.predict(fast, decide, x)
+    modules = [module for module in (resnet, policy) if module is not None]
+    with torch.no_grad():
+        for tensor in (t for m in modules for t in (*m.parameters(), *m.buffers())):
+            tensor.add_(1)
+    assert all(map(torch.equal, before, models.predict(fast, decide, x)))
+
+
+def test_a_policy_of_another_shape_is_refused():
+    fast, _ = models.deploy(models.build("R14_C10")[0])
+    for shape in ((4, 5), (4, 7), (3, 6), (4, 1), (6,), (2, 3, 6), (1, 2, 4, 6)):
+        with pytest.raises(ValueError, match="one row an image, one column a block"):
+            fast(torch.zeros(4, 3, 32, 32), torch.ones(shape))
+
+
+@pytest.mark.parametrize("name", ["R14_C10", "AIG14_C10"])
+def test_logits_may_go_into_a_network_that_learns(name):
+    fast, policy = models.deploy(*of_greedy(name))
+    logits, chosen = models.predict(fast, policy, torch.rand(2, 3, 32, 32))
+    assert not logits.is_inference() and not chosen.is_inference()
+    probe = nn.Linear(10, 2)
+    probe(logits).sum().backward()
+    assert probe.weight.grad.any()
+
+
+def of_greedy(name):
+    resnet, policy_net = models.build(name)
+    return resnet, policy_net and GreedyPolicy(policy_net)
+
+
+@pytest.mark.parametrize("name", ["R14_C10", "AIG14_C10"])
+def test_a_copy_is_not_converted_and_not_saved_in_silence(name):
+    fast, policy = models.deploy(*of_greedy(name))
+    for network in filter(None, (fast, policy)):
+        for change in (network.double, network.half, network.cpu, partial(network.to, "cpu")):
+            with pytest.raises(TypeError, match="deploy that"):
+                change()
+        with pytest.raises(TypeError, match="save the original's"):
+            network.state_dict()
+
+
+@pytest.mark.parametrize("name", ["R14_C10", "AIG14_C10"])
+def test_a_copy_is_copied_also_after_its_first_call(name):
+    pair = models.deploy(*of_greedy(name))
+    x = torch.rand(2, 3, 32, 32)
+    expected = models.predict(*pair, x)
+    again = copy.deepcopy(pair)
+    assert all(map(torch.equal, expected, models.predict(*again, x)))
+
+
+@pytest.mark.parametrize("name", ["R14_C10", "AIG14_C10"])
+def test_torch_compile_leaves_a_copy_as_it_is(name):
+    compiled = []
+
+    def backend(graph, example):
+        compiled.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    fast, _ = models.deploy(models.build(name)[0])
+    after = torch.compile(nn.Sequential(nn.Identity(), Last(fast)), backend=backend)
+    x = torch.rand(4, 3, 32, 32)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        policy = (torch.rand(4, 6) < 0.5).float()
+        given = (x,) if fast.decides else (x, policy)
+        expected = fast(*given)
+        expected = expected[0] if fast.decides else expected
+        torch.testing.assert_close(after(given), expected + 1)
+    operators = {node.target for graph in compiled for node in graph.graph.nodes}
+    assert not any("conv" in str(operator) for operator in operators)
+
+
+class Last(nn.Module):
+    """A network and something after it, which is compiled."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, given):
+        logits = self.network(*given)
+        return (logits[0] if isinstance(logits, tuple) else logits) + 1
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("name", ["R14_C10", "AIG14_C10"])
+def test_what_depends_on_the_image_is_not_traced(name, deployed):
+    network = models.build(name)[0].eval()
+    network = models.deploy(network)[0] if deployed else network
+    x = torch.rand(2, 3, 32, 32)
+    given = (x,) if network.decides else (x, torch.ones(2, 6))
+    with pytest.raises(RuntimeError, match="wrong for every other policy"):
+        torch.jit.trace(network, given)
+
+
+def test_masked_execution_is_traced_for_every_policy():
+    resnet = random_norms(models.build("R14_C10")[0]).float().eval()
+    resnet.execution = "masked"
+    x = torch.rand(3, 3, 32, 32)
+    traced = torch.jit.trace(resnet, (x, torch.zeros(3, 6)))
+    for policy in (torch.ones(3, 6), (torch.rand(3, 6) < 0.5).float()):
+        torch.testing.assert_close(traced(x, policy), resnet(x, policy))
+
+
+@pytest.mark.parametrize("name", ["R14_C10", "R50_ImgNet"])
+def test_torchs_counter_counts_a_copys_flops(name):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    resnet, _ = models.build(name)
+    resnet.eval()
+    fast, _ = models.deploy(resnet)
+    x = torch.rand(2, 3, 32, 32)
+    policy = torch.ones(2, resnet.num_blocks)
+    policy[0, 1::2] = 0
+    found = []
+    for network in (resnet, fast):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(x, policy)
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 1e6

@@ -252,3 +252,18 @@ def test_a_policy_network_may_look_at_fewer_pixels():
     torch.testing.assert_close(fast.policy_net(x)[0], expected)
     with pytest.raises(ValueError, match="32 or 16 pixels, not 8"):
         policy_net.look_at(8)
+
+
+@pytest.mark.parametrize("execution", ["sparse", "masked"])
+def test_a_block_that_every_image_drops_learns_nothing(execution):
+    torch.manual_seed(0)
+    resnet = models.build(TINY)[0].double().train()
+    resnet.execution = execution
+    before = {name: tensor.clone() for name, tensor in resnet.state_dict().items()}
+    policy = torch.ones(4, 6)
+    policy[:, 2], policy[0, 4] = 0, 0  # a shape-changing block, and one that some images keep
+    resnet(torch.rand(4, 3, 32, 32, dtype=torch.float64), policy).sum().backward()
+    changed = {n for n, tensor in resnet.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert not any(name.startswith("blocks.1.0.") for name in changed)
+    assert {"blocks.0.0.bn1.running_var", "blocks.2.0.bn2.running_mean"} <= changed
+    assert resnet.blocks[1][0].conv1.weight.grad is None
