@@ -16,9 +16,10 @@ class Classifier(nn.Module):
 
     In evaluation mode it computes with deployed copies (`deploy`), made anew at the first call
     after weights, their device or their dtype have changed, also inside its parts; call `eval()`
-    after a part was replaced or written to through `.data`. In training mode it computes with the networks themselves, whose gates
-    then sample. `policy_module` decides, a policy module as `deploy` takes, or None where the
-    ResNet decides by itself; the penalty of a `PenaltyPolicy` may be set anew at any time.
+    after a part was replaced or written to through `.data`. In training mode it computes with the
+    networks themselves, whose gates then sample. `policy_module` decides, a policy module as
+    `deploy` takes, or None where the ResNet decides by itself; the penalty of a `PenaltyPolicy` may
+    be set anew at any time.
     """
 
     def __init__(
