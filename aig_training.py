@@ -44,6 +44,7 @@ def parse_args():
     add("--schedule", choices=("step", "cosine"), default="step",
         help="steps as released, or a rise in the first tenth and a cosine to zero")  # fmt: skip
     add("--pretrained", help="ResNet to start from; its gates start anew")
+    options.add_base_pixels(parser, "--pretrained")
     parser.set_defaults(warmup=0.1, lr_decay_ratio=0.1)
     return parser.parse_args()
 
@@ -133,9 +134,9 @@ def main() -> None:
         train, test = engine.data.load(config, args, run.device)
         net, _ = models.build(args.model, config.num_classes)
         if args.pretrained and not args.load:
-            path, state = bases.pretrained_weights(config, args.pretrained)
-            with engine.user_errors(path):
-                models.load_ungated(net, state)
+            start = bases.pretrained(config, args.pretrained, args.base_pixels)
+            with engine.user_errors(start.path):
+                models.load_ungated(net, start.resnet)
         net.set_targets(targets.tolist())
         run.place(net)
         run.extras["targets"] = targets.tolist()

@@ -69,7 +69,7 @@ def start_policy(
             bases.tell_other_pixels(config, start)
             bases.load_into(policy_net, start)
             return
-        state = bases.start_weights(config, start)
+        state = bases.for_pixels(config, start).resnet
     if not models.load_fitting(policy_net.features, state):
         raise UserError(f"{source}: not one tensor fits the policy network")
     if confidence is not None:

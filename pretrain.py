@@ -21,6 +21,7 @@ def parse_args():
         help="ResNet to start from, which may have fewer blocks; folders of pictures: "
         "torchvision's by default",
     )
+    options.add_base_pixels(parser, "--pretrained")
     add("--from_scratch", action="store_true", help="folders of pictures: start from nothing")
     add("--warmup", type=options.fraction, default=0.1, help="part of the epochs with rising lr")
     add("--label_smoothing", type=options.fraction, default=0.05, help="of the cross entropy")
@@ -61,7 +62,10 @@ def load_start(run: engine.Run, resnet: models.ResNet) -> None:
     """The weights to start from; a folder of pictures has a classifier of its own."""
     args, config = run.args, run.config
     if args.pretrained:
-        path, state = bases.pretrained_weights(config, args.pretrained)
+        start = bases.pretrained(config, args.pretrained, args.base_pixels)
+        path, state = start.path, start.resnet
+        if isinstance(resnet, models.CifarResNet):
+            resnet.take_shortcuts(start.shortcuts)
     elif config.dataset == "Folder" and not args.from_scratch:
         way_out = "name a file with --pretrained, or start with --from_scratch"
         path, state = None, bases.torchvision_resnet(config.depth, way_out)

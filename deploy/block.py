@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models import capabilities
 from models.execution import as_images, as_rows
-from models.resnet import BasicBlock, Bottleneck, PoolAndPad
+from models.resnet import FREE_SHORTCUTS, BasicBlock, Bottleneck
 
 # oneDNN orders weights for the batch that they will meet. With AVX2 an order for one image is up to
 # seven times slower on ten, the other way round up to twenty times; one for this many serves all.
@@ -162,7 +162,7 @@ class Block:
         if isinstance(shortcut, nn.Sequential):
             refuse_unknown(shortcut, ("0", "1"), "a shortcut")
             self.shortcut = Conv(*shortcut, dtype).plain
-        elif not isinstance(shortcut, (nn.Identity, PoolAndPad)):
+        elif not isinstance(shortcut, (nn.Identity, *FREE_SHORTCUTS.values())):
             raise ValueError(f"deploy does not know shortcuts of {type(shortcut).__name__}")
 
     def run(self, x: Tensor, shortcut: Tensor) -> Tensor:

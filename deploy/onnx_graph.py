@@ -20,7 +20,7 @@ import utils
 from models import Config, GatedResNet, PenaltyPolicy, ResNet, StaticPolicy
 from models.aig import CLOSED, OPEN, Gate
 from models.policy import SURELY_NOT, Halve
-from models.resnet import PoolAndPad
+from models.resnet import PoolAndPad, SubsampleAndPad
 
 from .int8 import Range, Ranges, weight_scales
 
@@ -181,6 +181,11 @@ def shortcut_of(graph: Graph, x: str, shortcut: nn.Module) -> str:
     if isinstance(shortcut, PoolAndPad):
         pads = np.array([0, 0, 0, 0, 0, shortcut.extra_channels, 0, 0])
         return graph.add("Pad", average(graph, x, 2), graph.constant(pads, "pads"))
+    if isinstance(shortcut, SubsampleAndPad):
+        pads = np.array([0, shortcut.before, 0, 0, 0, shortcut.behind, 0, 0])
+        # a mean of one pixel each: every runtime knows that kernel
+        x = graph.add("AveragePool", x, kernel_shape=[1, 1], strides=[2, 2])
+        return graph.add("Pad", x, graph.constant(pads, "pads"))
     return conv(graph, x, *shortcut, sums=True)
 
 

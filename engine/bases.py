@@ -2,6 +2,8 @@
 
 import hashlib
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,10 +11,11 @@ from torch import nn
 
 import models
 from models import Checkpoint, Config
-from models.weights import State
 
 from . import ranks, storage
 from .process import UserError, user_errors
+
+Normalisation = Sequence[Sequence[float]]  # mean and deviation of three channels
 
 
 def base_directory(model: str) -> Path:
@@ -62,26 +65,46 @@ def shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def pretrained_weights(config: Config, given: str) -> tuple[Path, State]:
-    """The ResNet that `--pretrained` names, of any number of classes: its file and tensors."""
+def pretrained(config: Config, given: str, pixels: Normalisation | None) -> Checkpoint:
+    """The ResNet that `--pretrained` names, of any number of classes; see `for_pixels`."""
     plain = f"R{config.depth}_{config.name.partition('_')[2]}"  # what pretrain.py makes
     path = find_base(plain, given, option="--pretrained")
-    return path, start_weights(config, storage.read(path))
+    return for_pixels(config, storage.read(path), pixels)
 
 
-def start_weights(config: Config, start: Checkpoint) -> State:
-    """A ResNet's tensors to start a model from, whose pixels may be normalised in another way."""
-    if start.resnet is None:
-        raise UserError(f"{start.path}: holds no ResNet (neither state_dict nor resnet)")
-    if start.normalisation in (None, config.normalisation):
-        return start.resnet
+def for_pixels(
+    config: Config, found: Checkpoint, pixels: Normalisation | None = None
+) -> Checkpoint:
+    """A ResNet as a model's pixels want it, where it learned from pixels normalised in another way.
+
+    pixels: mean and deviation of those, where the file does not say or says something else.
+    """
+    if found.resnet is None:
+        raise UserError(f"{found.path}: holds no ResNet (neither state_dict nor resnet)")
+    theirs = pixels or found.normalisation
+    if theirs in (None, config.normalisation):
+        return found
     try:
-        return models.for_pixels(start.resnet, start.normalisation, config.normalisation)
+        state = models.for_pixels(found.resnet, theirs, config.normalisation)
     except (KeyError, RuntimeError):  # no such tensor, or one of another shape
-        raise UserError(f"{start.path}: holds no ResNet for images of three channels") from None
+        raise UserError(f"{found.path}: holds no ResNet for images of three channels") from None
+    return replace(found, resnet=state, normalisation=config.normalisation)
 
 
 def read_for(config: Config, path: str | Path) -> Checkpoint:
+    """Read a checkpoint of a model, and say so where it learned from other pixels.
+
+    A ResNet alone is changed for this model's; see `for_pixels`.
+    """
+    found = read_model(config, path)
+    tell_other_size(config, found)
+    if found.policy is None and found.stage != 3:
+        return for_pixels(config, found)
+    tell_other_pixels(config, found)
+    return found
+
+
+def read_model(config: Config, path: str | Path) -> Checkpoint:
     """Read a checkpoint and refuse it when it says, or its tensors show, that it is for another
     model.
     """
@@ -90,8 +113,6 @@ def read_for(config: Config, path: str | Path) -> Checkpoint:
     if (found.model or config.name) != config.name or blocks != config.num_blocks:
         named = f"{found.model} ({blocks} blocks)" if found.model else f"{blocks} blocks"
         raise UserError(f"{path} is for {named}, not {config.name} ({config.num_blocks})")
-    tell_other_pixels(config, found)
-    tell_other_size(config, found)
     return found
 
 
@@ -130,8 +151,10 @@ def shown_pixels(normalisation: list[list[float]]) -> str:
     return " / ".join(",".join(f"{value:.3g}" for value in values) for values in normalisation)
 
 
-def load_base(config: Config, given: str | None, resnet: models.ResNet) -> None:
-    """Load the base ResNet from `given` or from cv/pretrained/.
+def load_base(
+    config: Config, given: str | None, resnet: models.ResNet, pixels: Normalisation | None = None
+) -> None:
+    """Load the base ResNet from `given` or from cv/pretrained/; pixels: see `for_pixels`.
 
     An ImageNet model without one takes torchvision's.
     """
@@ -141,7 +164,7 @@ def load_base(config: Config, given: str | None, resnet: models.ResNet) -> None:
         way_out = f"name a file with --base, or put one into {folder}"
         models.load_resnet(resnet, torchvision_resnet(config.depth, way_out))
     else:
-        load_into(resnet, read_for(config, path))
+        load_into(resnet, for_pixels(config, read_model(config, path), pixels))
 
 
 def check_base(found: Checkpoint, resnet: nn.Module) -> None:
@@ -158,8 +181,12 @@ def is_of_base(found: Checkpoint, resnet: nn.Module) -> bool:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over the names and bytes of all tensors: the same weights, the same fingerprint."""
-    digest = hashlib.sha256()
+    """SHA-256 over the names and bytes of all tensors: the same weights, the same fingerprint.
+
+    Shortcuts without weights count where they are not the usual ones.
+    """
+    kinds = {getattr(part, "shortcuts", None) for part in module.modules()} - {None, "pool"}
+    digest = hashlib.sha256("".join(kinds).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+import models
 import utils
 from models import Config
 
@@ -51,6 +52,23 @@ def device_name(text: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
     return text
+
+
+def normalisation(text: str) -> list[list[float]]:
+    """An argparse type: mean and deviation of three channels, in [0, 1]."""
+    known = {"imagenet": "R50_ImgNet", "none": "R110_C10"}
+    if text in known:
+        return models.config(known[text]).normalisation
+    try:
+        mean, deviation = ([float(v) for v in part.split(",")] for part in text.split("/"))
+        if len(mean) == len(deviation) == 3 and all(0 < v <= 1 for v in deviation):
+            if all(0 <= v <= 1 for v in mean):
+                return [mean, deviation]
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not imagenet, none or R,G,B/R,G,B with numbers in [0, 1]"
+    )
 
 
 count = number(int, lambda n: n >= 1, "a whole number of 1 or more")
@@ -105,6 +123,17 @@ def parser(description: str, model: str = "R110_C10") -> Parser:
 def add_base(options: Parser) -> None:
     options.add_argument(
         "--base", help="pretrained ResNet (default: the one in cv/pretrained/<model>/)"
+    )
+    add_base_pixels(options, "--base")
+
+
+def add_base_pixels(options: Parser, file: str) -> None:
+    options.add_argument(
+        "--base_pixels",
+        type=normalisation,
+        metavar="MEAN/DEVIATION",
+        help=f"how pixels were normalised for a ResNet of other code in {file}: imagenet, none "
+        "([0, 1]), or six numbers R,G,B/R,G,B",
     )
 
 

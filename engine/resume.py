@@ -26,7 +26,7 @@ HINTS = {
 
 # options that may be others when a run is gone on with
 FREE_OPTIONS = {
-    *("load", "cv_dir", "data_dir", "base", "pretrained", "policy_init"),
+    *("load", "cv_dir", "data_dir", "base", "base_pixels", "pretrained", "policy_init"),
     "policy_size",  # the checkpoint's network has one
     *("max_epochs", "test_every", "save_minutes", "resume", "skip_data_check"),
     *("device", "parallel", "workers", "micro_batch", "precision", "deterministic"),

@@ -85,7 +85,7 @@ class Run:
 
     def load_base(self, resnet: models.ResNet) -> None:
         """Load the base ResNet; checkpoints then say which it was."""
-        bases.load_base(self.config, self.args.base, resnet)
+        bases.load_base(self.config, self.args.base, resnet, self.args.base_pixels)
         self.extras["base"] = bases.fingerprint(resnet)
         if self.stage == self.loaded.stage:
             bases.check_base(self.loaded, resnet)
@@ -276,6 +276,8 @@ class Run:
         for owner in self.kept.values():
             if isinstance(owner, models.PolicyNet) and owner.size is not None:
                 content["policy_size"] = owner.size
+            if getattr(owner, "shortcuts", None) not in (None, "pool"):
+                content["shortcuts"] = owner.shortcuts
         content |= {"epoch": self.logs.metrics.get("epoch", self.done), **self.extras, **figures}
         with process.undisturbed():
             storage.write(content, self.cv_dir / name)

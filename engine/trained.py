@@ -71,7 +71,7 @@ class TrainedModel:
         if found.resnet is not None:
             bases.load_into(self.resnet, found)
         else:
-            bases.load_base(self.config, self.args.base, self.resnet)
+            bases.load_base(self.config, self.args.base, self.resnet, self.args.base_pixels)
         static = options.static_policy(self.policy_name, self.config, self.args.seed)
         if found.policy is not None and static is None:
             bases.load_into(policy_net, found)

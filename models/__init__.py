@@ -13,7 +13,7 @@ from .policy import (
     predict,
 )
 from .registry import Config, build, build_confidence, config, names
-from .resnet import ResNet
+from .resnet import CifarResNet, ResNet
 from .weights import (
     for_pixels,
     load_fitting,
@@ -28,6 +28,7 @@ from .weights import (
 __all__ = [
     "POLICY_SIZES",
     "Checkpoint",
+    "CifarResNet",
     "Confidence",
     "Config",
     "GatedResNet",

@@ -18,13 +18,22 @@ import utils
 from .aig import GatedResNet
 from .policy import Confidence, GreedyPolicy, PenaltyPolicy, PolicyNet, StaticPolicy
 from .registry import Config, build_confidence, config
-from .weights import State, load_gated, load_policy, load_resnet, load_strictly
+from .resnet import CifarResNet
+from .weights import (
+    State,
+    has_stem,
+    load_gated,
+    load_policy,
+    load_resnet,
+    load_strictly,
+    subsamples,
+)
 
 LAST = "last.t7"
 CHECKSUM = "checksum"
 OPTIMIZERS = ("optimizer", "resnet_optimizer")
-# under which a ResNet's tensors stand: this code's names, and what other codes take
-RESNETS = ("state_dict", "resnet", "model", "net")
+# under which a ResNet's tensors stand: this code's names, then what other codes take
+RESNETS = ("state_dict", "resnet", "model", "net", "model_state_dict")
 NETWORKS = ("agent", "net", "resnet", "state_dict", "correctness")
 KINDS = {
     "epoch": int,
@@ -34,6 +43,7 @@ KINDS = {
     "targets": list,
     "normalisation": list,
     "policy_size": int,
+    "shortcuts": str,
     "steps_done": int,
     "partial": Mapping,
 }
@@ -46,7 +56,8 @@ class Checkpoint:
     stage: 0 a ResNet, 1 a policy network, 2 both, 3 ConvNet-AIG. resnet, policy, confidence: state
     dicts as they were written, the ResNet's with its gates in stage 3. targets: of the gates.
     base: fingerprint of the ResNet that the policy learned on. policy_size: pixels that the policy
-    network looks at. epoch, steps_done, partial: how far the run was, and what the steps of the
+    network looks at. shortcuts: those without parameters, as `CifarResNet.take_shortcuts` has them.
+    epoch, steps_done, partial: how far the run was, and what the steps of the
     unfinished epoch gave. Methods raise ValueError that begins with the path.
     """
 
@@ -60,6 +71,7 @@ class Checkpoint:
     targets: Sequence[float] = ()
     normalisation: Sequence[Sequence[float]] | None = None
     policy_size: int = 32
+    shortcuts: str = "pool"
     base: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     epoch: int = 0
@@ -80,10 +92,7 @@ class Checkpoint:
         policy = content.get("agent")
         if policy is None and head_bias(content.get("net", {})) is not None:
             policy = content["net"]  # as older released files have it
-        named = (content[name] for name in RESNETS if is_state(content.get(name)))
-        resnet = next((state for state in named if state is not policy), None)
-        if resnet is None and policy is None and content and is_state(content):
-            resnet = content  # bare, as torchvision publishes it
+        resnet = resnet_in(content, policy)
         stage = 0 if policy is None else 1 if resnet is None else 2
         model = content.get("model")
         model = model if isinstance(model, str) else None
@@ -91,6 +100,10 @@ class Checkpoint:
         if normalisation is None and model:
             with suppress(ValueError):  # another code's name
                 normalisation = config(model).normalisation
+        shortcuts = content.get("shortcuts", "pool")
+        if resnet is not None and subsamples(resnet):
+            shortcuts = "subsample"
+            normalisation = normalisation or config("R50_ImgNet").normalisation  # as its code has
         same = ("targets", "policy_size", "base", "args", "epoch", "steps_done", "partial")
         return cls(
             path=Path(path),
@@ -101,6 +114,7 @@ class Checkpoint:
             confidence=content.get("correctness"),
             optimizers={name: content[name] for name in OPTIMIZERS if name in content},
             normalisation=normalisation,
+            shortcuts=shortcuts,
             **{name: content[name] for name in same if name in content},
         )
 
@@ -144,6 +158,8 @@ class Checkpoint:
             if network.size is not None:
                 network.look_at(self.policy_size)
         else:
+            if isinstance(network, CifarResNet):
+                network.take_shortcuts(self.shortcuts)
             load = load_gated if isinstance(network, GatedResNet) else load_resnet
             state, missing = self.resnet, "holds no ResNet (neither state_dict nor resnet)"
             if self.policy is not None:
@@ -221,6 +237,24 @@ def content(path: str | Path) -> dict[str, Any]:
     if written is not None and written != digest(content):
         raise ValueError(f"{path}: damaged, its content does not match its checksum")
     return content
+
+
+def resnet_in(content: Mapping[str, Any], policy: State | None) -> State | None:
+    """A ResNet's tensors: under a name that is known, under any other, or bare as torchvision
+    publishes them; None where there are none.
+    """
+    for name in RESNETS:
+        if is_state(content.get(name)) and content[name] is not policy:
+            return content[name]
+    if policy is not None:
+        return None
+    if content and is_state(content):
+        return content
+    others = (part for part in content.values() if isinstance(part, Mapping))
+    found = (
+        part if is_state(part) and has_stem(part) else resnet_in(part, None) for part in others
+    )
+    return next((part for part in found if part is not None and has_stem(part)), None)
 
 
 def newest(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """ResNets that run, for each image, only the residual blocks that its policy keeps."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,23 @@ class PoolAndPad(nn.Module):
         return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, self.extra_channels))
 
 
+class SubsampleAndPad(nn.Module):
+    """Another one: every second pixel, then zero channels before and behind, as the CIFAR ResNets
+    of akamaster/pytorch_resnet_cifar10 have it.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        extra = out_channels - in_channels
+        self.before, self.behind = extra // 2, extra - extra // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.behind))
+
+
+FREE_SHORTCUTS = {"pool": PoolAndPad, "subsample": SubsampleAndPad}  # those without parameters
+
+
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """Shortcut of a 1x1 convolution with BatchNorm; the identity where the shape stays."""
     if stride == 1 and in_channels == out_channels:
@@ -78,6 +96,7 @@ class ResNet(nn.Module):
     """
 
     decides = False  # by itself which blocks an image runs
+    shortcuts: str | None = None  # which of FREE_SHORTCUTS, where it has such
 
     def __init__(
         self, block: type, stages: Sequence[int], widths: Sequence[int], stem_channels: int
@@ -170,6 +189,7 @@ class CifarResNet(ResNet):
     """ResNet-(6n+2) for 32x32 images: n BasicBlocks a stage, 16/32/64 channels (He et al. 2016)."""
 
     widths = (16, 32, 64)
+    shortcuts = "pool"
 
     def __init__(self, stages: Sequence[int], num_classes: int | None):
         super().__init__(BasicBlock, stages, self.widths, stem_channels=16)
@@ -182,10 +202,23 @@ class CifarResNet(ResNet):
     def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
         return nn.Identity() if stride == 1 else PoolAndPad(in_channels, out_channels)
 
+    def take_shortcuts(self, kind: str) -> None:
+        """Change shape by these of FREE_SHORTCUTS; weights and their names stay the same.
+
+        Raises ValueError for another kind.
+        """
+        if kind not in FREE_SHORTCUTS:
+            raise ValueError(f"shortcuts {kind!r}: only {' and '.join(FREE_SHORTCUTS)} are known")
+        if self.shortcuts is not None:
+            self.shortcuts = kind
+            for stage, (before, after) in enumerate(pairwise(self.widths), 1):
+                self.ds[stage] = FREE_SHORTCUTS[kind](before, after)
+
 
 class ProjectedCifarResNet(CifarResNet):
     """The same with convolutions in the shape-changing shortcuts, as ConvNet-AIG has it."""
 
+    shortcuts = None
     shortcut = staticmethod(projection)
 
 

@@ -11,17 +11,41 @@ from .resnet import ResNet
 
 State = Mapping[str, Tensor]
 
+STEM = "conv1.weight"
+CLASSIFIERS = ("fc.", "linear.")
 RENAMES = (
-    (r"^module\.", ""),  # saved from nn.DataParallel
-    (r"^layer(\d+)\.0\.downsample\.", lambda m: f"ds.{int(m[1]) - 1}."),
+    (r"^layer(\d+)\.0\.(downsample|shortcut)\.", lambda m: f"ds.{int(m[1]) - 1}."),
     (r"^layer(\d+)\.", lambda m: f"blocks.{int(m[1]) - 1}."),
+    (r"^linear\.", "fc."),
 )
 
 
-def our_names(state: State) -> dict[str, Tensor]:
-    """Rename tensors from the felixgwu/img_classification_pk or torchvision layout to ours."""
+def has_stem(state: State, anchor: str = STEM) -> bool:
+    return any(f".{name}".endswith(f".{anchor}") for name in state)
+
+
+def unwrapped(state: State, anchor: str = STEM) -> State:
+    """Tensors without what wrappers put before their names: nn.DataParallel, torch.compile, a model
+    with a backbone, MoCo with two encoders.
+
+    anchor: a tensor of the network itself. What lies elsewhere is left out, but for a classifier
+    that stands beside its backbone.
+    """
+    found = [name for name in state if f".{name}".endswith(f".{anchor}")]
+    prefix = min(found, key=len).removesuffix(anchor) if found else ""
+    if not prefix:
+        return state
+    inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    beside = {n: t for n, t in state.items() if n.startswith(CLASSIFIERS)}
+    return beside | inside
+
+
+def our_names(state: State, anchor: str = STEM) -> dict[str, Tensor]:
+    """Rename tensors of other ResNet codes, such as felixgwu/img_classification_pk, torchvision and
+    akamaster/pytorch_resnet_cifar10, to ours. anchor: see `unwrapped`.
+    """
     renamed = {}
-    for name, tensor in state.items():
+    for name, tensor in unwrapped(state, anchor).items():
         for pattern, replacement in RENAMES:
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
@@ -30,7 +54,20 @@ def our_names(state: State) -> dict[str, Tensor]:
 
 def load_resnet(resnet: ResNet, state: State) -> None:
     """Load ResNet weights in any known layout. Raises ValueError naming a tensor that is wrong."""
-    load_strictly(resnet, our_names(state))
+    names = our_names(state)
+    if resnet.shortcuts and any(name.startswith("ds.") for name in names):
+        raise ValueError(
+            "its shortcuts are 1x1 convolutions, as the ResNets of ConvNet-AIG have them: "
+            "aig_training.py --pretrained takes it, for this model it is no base"
+        )
+    load_strictly(resnet, names)
+
+
+def subsamples(state: State) -> bool:
+    """Whether a ResNet is known by its names to have the shortcuts of akamaster's."""
+    names = unwrapped(state)
+    free = not any(re.search(r"\.(downsample|shortcut)\.", name) for name in names)
+    return free and "linear.weight" in names and any(n.startswith("layer1.0.") for n in names)
 
 
 def load_grown(resnet: ResNet, state: State) -> int:
@@ -81,7 +118,7 @@ def load_policy(policy_net: PolicyNet, state: State) -> None:
 
     Raises ValueError naming a tensor that is missing, extra or wrongly shaped.
     """
-    names = our_names(state)
+    names = our_names(state, "logit.weight")
     load_strictly(policy_net, {n: t for n, t in names.items() if not n.startswith("features.fc.")})
 
 
@@ -90,6 +127,7 @@ def load_gated(net: GatedResNet, state: State) -> None:
 
     Raises ValueError naming a tensor that is missing, extra or wrongly shaped.
     """
+    state = unwrapped(state, "resnet.conv1.weight")
     if not any(name.startswith("gates.") for name in state):
         starts = [sum(net.resnet.stages[:i]) for i in range(len(net.resnet.stages))]
         state = {gated_name(n, starts): t for n, t in our_names(state).items()}
@@ -113,8 +151,7 @@ def gated_name(name: str, starts: Sequence[int]) -> str:
     gate = re.fullmatch(r"blocks\.(\d+)\.(\d+)\.((?:fc1|fc1bn|fc2)\..*)", name)
     if gate and int(gate[1]) < len(starts):
         return f"gates.{starts[int(gate[1])] + int(gate[2])}.{gate[3]}"
-    name = re.sub(r"^blocks\.(\d+)\.0\.shortcut\.", r"ds.\1.", name)
-    return "resnet." + re.sub(r"^linear\.", "fc.", name)
+    return f"resnet.{name}"
 
 
 def is_gate_weight(name: str, tensor: Tensor) -> bool:
@@ -138,7 +175,8 @@ def load_strictly(module: nn.Module, state: State) -> None:
     missing = [name for name in own if name not in state]
     extra = [name for name in state if name not in own]
     if missing:
-        raise ValueError(f"lacks {count(missing)} {missing[0]}")
+        shown = f", and has {extra[0]}" if extra else ""
+        raise ValueError(f"lacks {count(missing)} {missing[0]}{shown}")
     if extra:
         raise ValueError(f"has {count(extra)} {extra[0]}, which the network does not")
     for name, tensor in state.items():
@@ -148,6 +186,8 @@ def load_strictly(module: nn.Module, state: State) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
             )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite: the training that wrote it has failed")
     module.load_state_dict(state)
 
 

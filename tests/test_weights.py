@@ -4,11 +4,15 @@ import collections
 import copy
 import io
 import pickle
+import re
 import struct
+from argparse import ArgumentTypeError
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from torch import nn
 
 import engine
 import models
@@ -228,7 +232,7 @@ def test_weights_for_pixels_that_are_normalised_in_another_way(tmp_path):
     source.double().eval()
     content = {"state_dict": source.state_dict(), "model": "R14_C10"}
     target = copy.deepcopy(source)
-    models.load_resnet(target, bases.start_weights(ours, models.Checkpoint.of(content, "a.t7")))
+    models.load_resnet(target, bases.for_pixels(ours, models.Checkpoint.of(content, "a.t7")).resnet)
     images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (ours.mean, ours.std))
 
@@ -239,9 +243,214 @@ def test_weights_for_pixels_that_are_normalised_in_another_way(tmp_path):
         expected, found = stem(source, images), stem(target, (images - mean) / std)
         assert (stem(source, (images - mean) / std) - expected).abs().max() > 0.1
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    same = bases.start_weights(theirs, models.Checkpoint.of(content, "a.t7"))
+    same = bases.for_pixels(theirs, models.Checkpoint.of(content, "a.t7")).resnet
     assert all(torch.equal(same[n], t) for n, t in source.state_dict().items())
     for name in ("conv1.weight", "bn1.running_mean"):
         state = {n: t for n, t in source.state_dict().items() if n != name}
         with pytest.raises(engine.UserError, match="b.t7"):
-            bases.start_weights(ours, models.Checkpoint.of(content | {"state_dict": state}, "b.t7"))
+            bases.for_pixels(ours, models.Checkpoint.of(content | {"state_dict": state}, "b.t7"))
+
+
+class Subsampling(nn.Module):
+    """A CIFAR ResNet as a widely used code has it: another shape-changing shortcut, and names."""
+
+    def __init__(self, depth=2):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        before = 16
+        for stage, width in enumerate((16, 32, 64), 1):
+            blocks = []
+            for _ in range(depth):
+                block = nn.Module()
+                block.conv1 = nn.Conv2d(before, width, 3, width // before, 1, bias=False)
+                block.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+                block.bn1, block.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+                blocks.append(block)
+                before = width
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x, policy=None):
+        x = self.bn1(self.conv1(x)).relu()
+        blocks = [block for layer in (self.layer1, self.layer2, self.layer3) for block in layer]
+        for k, block in enumerate(blocks):
+            shortcut = x
+            if block.conv1.stride == (2, 2):
+                rows = x[:, :, range(0, x.shape[2], 2)][..., range(0, x.shape[3], 2)]
+                zeros = torch.zeros_like(rows[:, : rows.shape[1] // 2])
+                shortcut = torch.cat([zeros, rows, zeros], 1)
+            branch = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
+            kept = (branch + shortcut).relu()
+            if policy is None:
+                x = kept
+            else:
+                x = torch.where(policy[:, k, None, None, None].bool(), kept, shortcut)
+        return self.linear(x.mean((2, 3)))
+
+
+@pytest.fixture
+def subsampling():
+    torch.manual_seed(0)
+    network = Subsampling()
+    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.normal_(0, 0.2), norm.weight.data.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+def foreign(network, **more):
+    """As its code writes it: wrapped, without BatchNorm's counters."""
+    state = {f"module.{n}": t for n, t in without_counters(network.state_dict()).items()}
+    return {"state_dict": state, "best_prec1": 92.63, **more}
+
+
+def test_a_base_of_other_shortcuts_computes_what_it_did(subsampling, tmp_path):
+    config = models.config(TINY)
+    torch.save(foreign(subsampling, normalisation=config.normalisation), tmp_path / "x.th")
+    found = engine.storage.read(tmp_path / "x.th")
+    resnet, _ = models.build(TINY)
+    found.load_into(resnet)
+    subsampling.double(), resnet.double().eval()
+    x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    policy = (torch.rand(5, 6) < 0.5).float()
+    fast, _ = models.deploy(resnet, dtype=torch.float64)
+    for given in (None, policy, torch.zeros(5, 6), torch.ones(5, 6)):
+        expected = subsampling(x, given)
+        for network in (resnet, fast):
+            torch.testing.assert_close(network(x, given), expected, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(models.build(TINY)[0].double()(x), expected)
+
+
+def test_other_shortcuts_go_from_stage_to_stage(subsampling, tmp_path, run, cifar_dir):
+    """Through training, evaluation and export."""
+    onnx = pytest.importorskip("onnxruntime")
+    torch.save(foreign(subsampling), tmp_path / "x.th")
+    common = ["--model", TINY, "--data_dir", cifar_dir, "--skip_data_check", "--batch_size", 40]
+    base = ["--base", tmp_path / "x.th"]
+    once = ["--max_epochs", 1, "--cv_dir"]
+    steps = (
+        ("cl_training", [*base, *once, tmp_path / "1"]),
+        ("finetune", [*base, *once, tmp_path / "2", "--pretrained", tmp_path / "1"]),
+        ("test", ["--load", tmp_path / "2", "--json", tmp_path / "2.json"]),
+        ("pretrain", ["--pretrained", tmp_path / "x.th", *once, tmp_path / "0"]),
+        ("export", ["--load", tmp_path / "2", "--out", tmp_path / "2.onnx"]),
+        ("export", [*base, "--out", tmp_path / "x.onnx"]),
+    )
+    for script, options in steps:
+        status, _, err = run(script, *common, *options)
+        assert status == 0, err
+    for folder in ("2", "0"):
+        found = engine.storage.read(tmp_path / folder)
+        assert found.shortcuts == "subsample"
+        resnet, _ = models.build(TINY)
+        found.load_into(resnet)
+        assert resnet.shortcuts == "subsample"
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    logits = onnx.InferenceSession(tmp_path / "x.onnx").run(["logits"], {"image": images})[0]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in models.config("R50_ImgNet").normalisation)
+    pixels = (torch.tensor(images).permute(0, 3, 1, 2) / 255 - mean) / std
+    inside = Subsampling.forward(subsampling, pixels)  # but for the border of zeros
+    assert (torch.tensor(logits) - inside).abs().max() < 0.5 * inside.abs().max()
+
+
+def test_the_same_weights_with_other_shortcuts_are_another_base():
+    resnet, _ = models.build(TINY)
+    before = bases.fingerprint(resnet)
+    resnet.take_shortcuts("subsample")
+    assert bases.fingerprint(resnet) != before
+    resnet.take_shortcuts("pool")
+    assert bases.fingerprint(resnet) == before
+    with pytest.raises(ValueError, match="'maxpool': only pool and subsample"):
+        resnet.take_shortcuts("maxpool")
+
+
+WRAPPERS = {
+    "data parallel": lambda s: {"state_dict": {f"module.{n}": t for n, t in s.items()}},
+    "torch.compile": lambda s: {"state_dict": {f"_orig_mod.{n}": t for n, t in s.items()}},
+    "both": lambda s: {"model": {f"module._orig_mod.{n}": t for n, t in s.items()}},
+    "net": lambda s: {"net": s, "acc": 92.1, "epoch": 3},
+    "lightning": lambda s: {"state_dict": {f"model.{n}": t for n, t in s.items()} | {
+        "loss.weight": torch.ones(10)}},
+    "model_state_dict": lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {}}},
+    "a name of its own": lambda s: {"model_ema": s, "scaler": {"scale": 1.0}},
+    "deeper": lambda s: {"checkpoint": {"weights": s}, "step": 7},
+    "moco": lambda s: {"state_dict": {f"module.encoder_q.{n}": t for n, t in s.items()} | {
+        f"module.encoder_k.{n}": t + 1 for n, t in s.items()} | {"module.queue": torch.ones(3)}},
+    "a backbone and a classifier": lambda s: {
+        n if n.startswith("fc.") else f"backbone.{n}": t for n, t in s.items()},
+    "linear": lambda s: {n.replace("fc.", "linear."): t for n, t in s.items()},
+    "bare": dict,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_are_found_by_what_is_in_them(wrapper, tmp_path):
+    torch.manual_seed(1)
+    source, target = models.build(TINY)[0], models.build(TINY)[0]
+    torch.save(WRAPPERS[wrapper](source.state_dict()), tmp_path / "x.pt")
+    bases.read_for(models.config(TINY), tmp_path / "x.pt").load_into(target)
+    assert same_output(source, target)
+
+
+def test_shortcuts_of_another_kind_are_said_to_be_that(tmp_path):
+    gated, _ = models.build("AIG14_C10")
+    state = gated.resnet.state_dict()
+    theirs = {re.sub(r"^ds\.(\d)\.", lambda m: f"layer{int(m[1]) + 1}.0.downsample.", n): t
+              for n, t in state.items()}  # fmt: skip
+    theirs = {re.sub(r"^blocks\.(\d)\.", lambda m: f"layer{int(m[1]) + 1}.", n): t
+              for n, t in theirs.items()}  # fmt: skip
+    for content in (state, theirs, {"model": theirs}):
+        torch.save(dict(content), tmp_path / "x.th")
+        found = engine.storage.read(tmp_path / "x.th")
+        with pytest.raises(ValueError, match="x.th: its shortcuts are 1x1.*aig_training.py"):
+            found.load_into(models.build(TINY)[0])
+        again, _ = models.build("AIG14_C10")
+        models.load_ungated(again, found.resnet)
+        assert torch.equal(again.resnet.ds[1][0].weight, gated.resnet.ds[1][0].weight)
+
+
+def test_a_missing_name_is_shown_beside_one_that_is_there():
+    resnet, _ = models.build(TINY)
+    state = {n.replace("bn1", "norm1"): t for n, t in resnet.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"lacks 28 tensors.*0.bn1.weight, and has .*0.norm1.weight"
+    ):
+        models.load_resnet(resnet, state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value, base_file, run, common, tmp_path):
+    content = engine.storage.content(base_file)
+    for name in ("blocks.1.0.conv2.weight", "bn1.running_var", "fc.bias"):
+        spoilt = {n: t.clone() for n, t in content["state_dict"].items()}
+        spoilt[name].view(-1)[3] = value
+        engine.storage.write({"state_dict": spoilt}, tmp_path / "x.t7")
+        options = ("--base", tmp_path / "x.t7", "--max_epochs", 1, "--cv_dir", tmp_path / "run")
+        for script in ("test", "cl_training"):
+            given = options[:2] if script == "test" else options
+            status, _, err = run(script, *common, *given)
+            assert status == 2 and f"x.t7: {name} is not finite" in err
+
+
+def test_the_pixels_of_a_foreign_base_are_told_by_an_option(tmp_path):
+    torch.manual_seed(0)
+    config = models.config(TINY)
+    resnet, _ = models.build(TINY)
+    torch.save(resnet.state_dict(), tmp_path / "x.pth")
+    given = [[0.5, 0.4, 0.3], [0.2, 0.3, 0.25]]
+    assert engine.options.normalisation("0.5,0.4,0.3/0.2,0.3,0.25") == given
+    target = models.build(TINY)[0].double()
+    bases.load_base(config, str(tmp_path / "x.pth"), target, given)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in given)
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    resnet.double().eval(), target.eval()
+
+    def stem(network, x):
+        return network.bn1(network.conv1(x))[:, :, 1:-1, 1:-1]
+
+    expected = stem(resnet, (images - mean) / std)
+    torch.testing.assert_close(stem(target, images), expected, rtol=1e-5, atol=1e-6)
+    wrongs = "cifar 1,2,3 0.5,0.5,0.5/0,1,1 0.5,0.5/0.5,0.5 2,0,0/1,1,1 a,b,c/1,1,1".split()
+    for wrong in wrongs:
+        with pytest.raises(ArgumentTypeError, match="is not imagenet, none or R,G,B/R,G,B"):
+            engine.options.normalisation(wrong)
