@@ -168,6 +168,7 @@ def main() -> None:
             if args.policy_size:
                 policy_net.look_at(args.policy_size)
         run.place(resnet.requires_grad_(False).eval(), policy_net)
+        run.tell_accuracy(resnet, test)
         learner, heads = policy_net, {}
         if confidence is not None:
             run.place(confidence)

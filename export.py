@@ -138,6 +138,7 @@ def main() -> None:
         model = onnx_files.build(trained.resnet, trained.policy, config, args.opset, ranges)
     args.subset = args.check
     _, test = engine.data.load(config, args, trained.device, training=False)
+    trained.tell_accuracy(test)
     figures = check(model.SerializeToString(), trained, test, args.int8)
     for key, value in metadata(args, trained, test.class_names, figures).items():
         model.metadata_props.add(key=key, value=value)

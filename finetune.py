@@ -177,6 +177,8 @@ def main() -> None:
         resnet, policy_net = models.build(args.model, config.num_classes)
         start = run.loaded if args.load else load_start(run, resnet, policy_net)
         run.place(resnet, policy_net)
+        if not args.load:
+            run.tell_accuracy(resnet, test)
         resnet.execution = args.execution
         teacher = load_teacher(run) if args.distill and not args.penalties else None
         parts = {"resnet": resnet} | ({"agent": policy_net} if static is None else {})

@@ -102,6 +102,7 @@ def main() -> None:
     _, test = engine.data.load(config, args, trained.device, training=False)
     if args.dependence and not trained.looks:
         raise UserError("--dependence asks of a policy network: there is none here")
+    trained.tell_accuracy(test)
     figures = profile(trained, test, args.dependence)
     if not engine.ranks.is_main():
         return

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import utils
 
-from . import ranks
+from . import loop, ranks
 from .data import Loader
 from .device import autocast
 from .loop import Network
@@ -21,7 +21,7 @@ def find(resnet: Network, loader: Loader, stages: tuple[int, ...], precision: st
     Cross-entropy, since what is right or wrong of images that the ResNet knows by heart says too
     little; see `utils.candidate_policies`.
     """
-    batches = first_batches(loader)
+    batches = loop.first_batches(loader, IMAGES)
 
     def loss(policy: Tensor) -> float:
         error = torch.zeros((), dtype=torch.float64, device=batches[0][0].device)
@@ -32,14 +32,3 @@ def find(resnet: Network, loader: Loader, stages: tuple[int, ...], precision: st
         return ranks.total(error).item()
 
     return utils.candidate_policies(stages, loss)
-
-
-def first_batches(loader: Loader) -> list[tuple[Tensor, Tensor]]:
-    """This rank's part of the first images of an epoch that no training has, and their labels."""
-    batches, missing = [], IMAGES // ranks.world()
-    for images, labels, _ in loader.epoch(0):
-        batches.append((images[:missing], labels[:missing]))
-        missing -= len(images)
-        if missing <= 0:
-            break
-    return batches

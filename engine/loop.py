@@ -20,6 +20,7 @@ Network = Callable[[Tensor, Tensor], Tensor]  # images and policies to logits
 TestStep = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
+LOOKED_AT = 500  # images of a quick look at a ResNet
 SECONDS_BETWEEN_LOOKS = 1.0  # at the figures in the bar
 SHOWN = {"correct": "acc", "reward": "reward", "policy": "blocks", "loss": "loss"}
 
@@ -212,6 +213,45 @@ def evaluate(step: TestStep, loader: Loader, precision: str, label: str = "evalu
         results.add(len(images), found)
     results.close()
     return results
+
+
+def first_batches(loader: Loader, count: int) -> list[tuple[Tensor, Tensor]]:
+    """This rank's part of the first images of an epoch that no training has, and their labels."""
+    batches, missing = [], count // ranks.world()
+    for images, labels, _ in loader.epoch(0):
+        batches.append((images[:missing], labels[:missing]))
+        missing -= len(images)
+        if missing <= 0:
+            break
+    return batches
+
+
+@torch.no_grad()
+def first_accuracy(network: nn.Module, loader: Loader, precision: str) -> tuple[float, int]:
+    """How often a ResNet with all its blocks is right about the first images, and how many."""
+    training = network.training
+    network.eval()
+    counts = torch.zeros(2, dtype=torch.float64)
+    for images, labels in first_batches(loader, LOOKED_AT):
+        with autocast(images.device, precision):
+            correct = network(images).argmax(1) == labels
+        counts += torch.tensor([correct.sum().item(), len(correct)])
+    network.train(training)
+    right, count = ranks.total(counts).tolist()
+    return right / max(count, 1), int(count)
+
+
+def near_chance(accuracy: float, num_classes: int) -> str | None:
+    """What to tell of a ResNet that knows hardly more than nothing, as with the weights or pixels
+    of another network; None of a better one.
+    """
+    chance = 1 / num_classes
+    if accuracy > chance + 0.1 * (1 - chance):
+        return None
+    return (
+        f"the full ResNet's accuracy of {accuracy:.1%} is near chance: does it know these classes, "
+        "and are its pixels normalised as it learned them (--base_pixels)?"
+    )
 
 
 @torch.no_grad()

@@ -90,6 +90,12 @@ class Run:
         if self.stage == self.loaded.stage:
             bases.check_base(self.loaded, resnet)
 
+    def tell_accuracy(self, resnet: models.ResNet, loader: Loader) -> None:
+        """Say how good the ResNet is that the run begins with."""
+        accuracy, count = loop.first_accuracy(resnet, loader, self.args.precision)
+        said = f"the full ResNet is right about {accuracy:.1%} of {count} images"
+        self.note(loop.near_chance(accuracy, self.config.num_classes) or said)
+
     def place(self, *networks: nn.Module) -> None:
         for network in networks:
             device.place(network, self.device)

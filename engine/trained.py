@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +14,8 @@ import utils
 from deploy import deploy
 from models import Checkpoint, Config, GreedyPolicy, PenaltyPolicy, StaticPolicy
 
-from . import bases, device, options
+from . import bases, device, loop, options, ranks
+from .data import Loader
 from .process import UserError, user_errors
 
 # of --time; so many batches are timed however long they take
@@ -94,6 +96,15 @@ class TrainedModel:
     def plain(self) -> models.ResNet:
         """The ResNet without what decides."""
         return self.resnet.resnet if self.resnet.decides else self.resnet
+
+    def tell_accuracy(self, loader: Loader) -> None:
+        """Say so where the ResNet without what decides is near chance; one that was finetuned under
+        a static policy may be.
+        """
+        if self.policy_name is None:
+            accuracy, _ = loop.first_accuracy(self.plain, loader, self.args.precision)
+            if ranks.is_main() and (told := loop.near_chance(accuracy, self.config.num_classes)):
+                print(told, file=sys.stderr)
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) of a batch and the policies (B, K) that its images ran under."""

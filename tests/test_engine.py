@@ -229,3 +229,59 @@ def test_another_pipes_end_is_seen():
 
     with pytest.raises(BrokenPipeError):
         engine.run_script(main)
+
+
+class Knows(torch.nn.Module):
+    """A network that is right about the first `right` of every ten images."""
+
+    def __init__(self, right):
+        super().__init__()
+        self.right, self.seen = right, []
+
+    def forward(self, images):
+        self.seen.append((len(images), self.training))
+        numbers = images[:, 0, 0, 0].long()
+        answers = torch.where(numbers % 10 < self.right, numbers % 7, numbers % 7 + 1)
+        return torch.nn.functional.one_hot(answers, 8).float()
+
+
+class Numbered:
+    """A loader of 1,000 images that show their number, of class number % 7."""
+
+    def epoch(self, epoch, skip=0):
+        for first in range(0, 1000, 200):
+            numbers = torch.arange(first, first + 200.0)
+            yield numbers.view(-1, 1, 1, 1).expand(-1, 3, 2, 2), numbers.long() % 7, None
+
+
+def test_the_first_images_tell_how_good_a_resnet_is():
+    network = Knows(7).train()
+    assert loop.first_accuracy(network, Numbered(), "fp32") == (0.7, 500)
+    assert network.seen == [(200, False), (200, False), (100, False)] and network.training
+
+
+@pytest.mark.parametrize(
+    "accuracy, classes, near",
+    [(0.051, 10, True), (0.19, 10, True), (0.2, 10, False), (0.5, 2, True), (0.56, 2, False),
+     (0.09, 1000, True), (0.76, 1000, False), (0.0, 1, True)],
+)  # fmt: skip
+def test_near_chance_is_told(accuracy, classes, near):
+    assert (loop.near_chance(accuracy, classes) is not None) == near
+
+
+def test_stages_begin_by_saying_how_good_the_base_is(run, common, base_file, stage_1, tmp_path):
+    """A random one is near chance, and every script says so."""
+    once = ["--max_epochs", 1, "--batch_size", 40, "--cv_dir"]
+    base = ["--base", base_file]
+    for script, options in (
+        ("cl_training", [*base, *once, tmp_path / "1"]),
+        ("finetune", [*base, *once, tmp_path / "2", "--pretrained", stage_1]),
+        ("finetune", [*base, *once, tmp_path / "3", "--policy", "first:3"]),
+        ("pretrain", [*once, tmp_path / "0", "--pretrained", base_file]),
+        ("test", base),
+        ("test", [*base, "--load", stage_1]),
+    ):
+        status, _, err = run(script, *common, *options)
+        assert status == 0 and err.count("is near chance") == 1, err
+    status, _, err = run("test", *common, *base, "--policy", "first:3")
+    assert status == 0 and "near chance" not in err

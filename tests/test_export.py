@@ -256,6 +256,11 @@ def test_accuracy_and_blocks_are_those_of_test_py(export, run, images, cifar_dir
     assert float(facts(file)["mean_blocks"]) == pytest.approx(figures["block_usage"], abs=1e-6)
 
 
+def told(err):
+    """Without the warning that this random ResNet knows nothing."""
+    return "".join(line for line in err.splitlines(True) if "is near chance" not in line)
+
+
 def test_a_file_that_differs_is_not_kept(export, images, tmp_path, monkeypatch):
     stage2(tmp_path / "ckpt.t7", images)
     average = onnx_graph.average  # of the shortcuts that halve
@@ -264,7 +269,7 @@ def test_a_file_that_differs_is_not_kept(export, images, tmp_path, monkeypatch):
     )
     status, _, err, file = export("--load", tmp_path / "ckpt.t7")
     assert status == 2 and "differ on " in err and "nothing is written" in err
-    assert err.count("\n") == 1 and not list(tmp_path.glob("*.onnx*"))
+    assert told(err).count("\n") == 1 and not list(tmp_path.glob("*.onnx*"))
 
 
 def test_decisions_that_may_fall_either_way_are_named(export, images, tmp_path):
@@ -306,7 +311,7 @@ def test_errors_are_one_line(export, images, tmp_path, monkeypatch):
 
     def refused(*options, **settings):
         status, _, err, file = export(*options, **settings)
-        assert status == 2 and err.count("\n") == 1, err
+        assert status == 2 and told(err).count("\n") == 1, err
         return err
 
     assert "opset 9: take one of 13 to " in refused("--load", path, "--opset", 9)
