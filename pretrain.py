@@ -100,7 +100,7 @@ def train_step(
 
 def main() -> None:
     args = parse_args()
-    config = engine.data.config_of(args, gated=False)
+    config = engine.data.config_of(args, gated=False, told_by=["load"])
     with engine.Run(args, 0, config, bases.base_directory(args.model)) as run:
         if not args.load:  # a run killed right after its last evaluation may be gone on with
             bases.keep_base(run.cv_dir)

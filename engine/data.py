@@ -2,8 +2,10 @@
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 import models
 from models import Config
 
-from . import cifar, class_folders, pictures, ranks, storage
+from . import bases, cifar, class_folders, pictures, ranks, storage
 from .device import free_memory, send
 from .process import UserError
 from .shard import AUGMENTATION, STEP, Shard, derived_seed, shards
@@ -134,8 +136,13 @@ class TensorLoader:
         return ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
-def config_of(args: argparse.Namespace, gated: bool | None = None) -> Config:
-    """What `--model` stands for; a folder of pictures tells its classes.
+def config_of(
+    args: argparse.Namespace,
+    gated: bool | None = None,
+    told_by: Sequence[str] = ("load", "pretrained", "base"),
+) -> Config:
+    """What `--model` stands for. Of pictures a file under one of the options `told_by` names the
+    classes, in the order that its network learned them; without one, the folder does.
 
     `gated` says which method is asked for, ConvNet-AIG or BlockDrop.
     """
@@ -143,12 +150,33 @@ def config_of(args: argparse.Namespace, gated: bool | None = None) -> Config:
         config = models.config(args.model, gated)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if config.has_pictures:
+        names = pictures.class_names(
+            config, Path(args.data_dir), known_classes(config, args, told_by)
+        )
+        config = replace(config, num_classes=len(names), class_names=tuple(names))
     if config.dataset == "Folder":
-        size = args.image_size or config.image_size
-        config = replace(config, num_classes=pictures.num_classes(args.data_dir), image_size=size)
+        config = replace(config, image_size=args.image_size or config.image_size)
     elif args.image_size:
         raise UserError(f"--image_size is for folders of pictures: {args.model} has a size")
     return config
+
+
+def known_classes(
+    config: Config, args: argparse.Namespace, told_by: Sequence[str]
+) -> tuple[str | Path, Sequence[str]] | None:
+    """The first file that names the classes of its network, and these; None where none does."""
+    files = [getattr(args, option, None) for option in told_by]
+    folder = getattr(args, "cv_dir", None)
+    if folder and (args.resume or ranks.was_restarted()):
+        files.insert(0, Path(folder) / storage.LAST)
+    if "base" in told_by:
+        with suppress(UserError):  # several, of which one has to be chosen, or none
+            files.append(bases.find_base(config.name, None))
+    for file in filter(None, files):
+        if Path(file).exists() and (names := storage.read(file).class_names):
+            return file, names
+    return None
 
 
 def load(

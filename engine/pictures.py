@@ -1,26 +1,34 @@
 """ImageNet, or any folder of pictures in its layout, decoded by worker processes."""
 
 import argparse
+import io
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from models import Config, capabilities
 
-from . import process
+from . import process, ranks
 from .class_folders import turns
 from .process import UserError
 from .shard import AUGMENTATION, STEP, Shard, derived_seed, shards
 from .storage import digest
 
+ENDINGS = {f".{ending}" for ending in (
+    "jpg jpeg jpe jfif png bmp gif webp avif tif tiff jp2 j2k ppm pgm pbm pnm".split()
+)}  # fmt: skip
+LEFT_BEHIND = {"__MACOSX", "@eaDir", "lost+found"}
 PREFETCH = 4  # batches that each worker keeps ready
 
 
@@ -54,7 +62,9 @@ class Pictures(Dataset):
             try:
                 pixels = decode(path)
                 break
-            except (RuntimeError, OSError, ValueError, SyntaxError) as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders raise anything at all on damaged files
                 if seed is None:
                     raise UserError(f"{path}: no picture that can be read ({error})") from error
                 damaged = damaged or path
@@ -79,19 +89,36 @@ class Pictures(Dataset):
 
 
 def decode(path: str) -> Tensor:
-    """A picture file as uint8 (3, H, W); gray, palette and transparent ones become RGB."""
-    if not path.lower().endswith((".jpg", ".jpeg", ".png")):
-        with Image.open(path) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    from torchcodec.decoders import decode_image  # slow to import, and CIFAR does without
-
+    """A picture file as uint8 (3, H, W), turned as its EXIF says; gray, palette and transparent
+    ones become RGB. What kind of file it is its first bytes say, not its name.
+    """
     data = Path(path).read_bytes()
     # libjpeg fills what a truncated file lacks with gray and only warns
     if data[:2] == SOI and not is_whole(data):
         raise ValueError("truncated")
-    return decode_image(data)
+    if data.startswith((SOI, PNG)):
+        from torchcodec.decoders import decode_image  # slow to import, and CIFAR does without
+
+        with suppress(RuntimeError):  # of a kind of JPEG or PNG that Pillow may know
+            return decode_image(data)
+    return decode_with_pillow(data)
 
 
+def decode_with_pillow(data: bytes) -> Tensor:
+    """See `decode`. Of an animation, the first picture."""
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.load()
+        turned = ImageOps.exif_transpose(picture)
+        sixteen = turned.mode.startswith("I;16") or (turned.mode, picture.format) == ("I", "PPM")
+        if sixteen:  # the upper byte, as of a PNG file
+            gray = np.asarray(turned).astype(np.int32) >> 8
+            turned = Image.fromarray(gray.astype(np.uint8))
+        elif turned.mode in ("I", "F"):
+            raise ValueError("pixels of 32 bits, of which none is known to be white: save 8 or 16")
+        return torch.from_numpy(np.array(turned.convert("RGB"))).permute(2, 0, 1)
+
+
+PNG = b"\x89PNG"
 SOI, EOI, SOS = b"\xff\xd8", b"\xff\xd9", 0xDA  # JPEG's markers: start and end of image, scan
 
 
@@ -212,29 +239,75 @@ def start_worker(patient, worker: int) -> None:
 def classes(path: Path) -> list[str]:
     """The class folders in path, by name. Raises UserError when there are none."""
     found = sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+    found = [name for name in found if not is_hidden(name)]
     if not found:
         raise UserError(f"{path}: no folder of pictures, expected {path}/<class>/*.JPEG")
     return found
 
 
-def num_classes(data_dir: str | Path) -> int:
-    """How many classes a folder of pictures has: those of train/, or of val/ where it is alone."""
-    root = Path(data_dir)
-    return len(classes(root / "train" if (root / "train").is_dir() else root / "val"))
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is what programs leave behind: no class and no picture."""
+    return name.startswith(".") or name in LEFT_BEHIND
 
 
-def files_of(path: Path, names: list[str]) -> list[tuple[str, int]]:
-    """The pictures under path/<class>/ with their classes, numbered as in `names`."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+def class_names(
+    config: Config, root: Path, known: tuple[str | Path, Sequence[str]] | None = None
+) -> list[str]:
+    """The classes in the order of the logits: those that a file knows, or those of train/, or of
+    val/ where it is alone.
 
+    Raises UserError where there is a folder of another class, or ImageNet's model has too few.
+    """
+    folders = [root / split for split in ("train", "val") if (root / split).is_dir()]
+    listed = classes(folders[0] if folders else root / "train")
+    if known is not None:
+        file, names = known
+        for folder in folders:
+            if extra := sorted(set(classes(folder)) - set(names)):
+                raise UserError(f"{folder / extra[0]}: a class that {file} does not know")
+        return list(names)
+    if config.dataset != "Folder" and len(listed) != config.num_classes:
+        raise UserError(
+            f"{root}: {len(listed)} class folders, and {config.name} tells {config.num_classes} "
+            f"classes: {config.name.replace('ImgNet', 'Folder')} takes any number"
+        )
+    return listed
+
+
+def files_of(path: Path, names: Sequence[str]) -> list[tuple[str, int]]:
+    """The pictures under path/<class>/ with their classes, numbered as in `names`.
+
+    Says which classes have none, and how many files are left out because of their endings.
+    """
     found = classes(path)
-    if set(found) - set(names):
-        extra = sorted(set(found) - set(names))[0]
-        raise UserError(f"{path / extra}: a class that is not in {path.parent / 'train'}")
-    numbers = {name: number for number, name in enumerate(names) if name in found}
-    files = make_dataset(str(path), numbers, IMG_EXTENSIONS, allow_empty=True)
+    if extra := sorted(set(found) - set(names)):
+        raise UserError(f"{path / extra[0]}: a class that is not in {path.parent / 'train'}")
+    files, left_out, empty = [], Counter(), []
+    for label, name in enumerate(names):
+        if name not in found:
+            continue
+        before = len(files)
+        for place, _, members in sorted(os.walk(path / name, followlinks=True)):
+            inside = Path(place).relative_to(path).parts
+            for member in sorted(members):
+                if any(map(is_hidden, (*inside, member))):
+                    continue
+                ending = os.path.splitext(member)[1].lower()
+                if ending in ENDINGS:
+                    files.append((os.path.join(place, member), label))
+                else:
+                    left_out[ending or member] += 1
+        if len(files) == before:
+            empty.append(name)
     if not files:
         raise UserError(f"{path}: no pictures, expected {path}/<class>/*.JPEG")
+    if ranks.is_main():
+        if empty:
+            more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+            print(f"{path / empty[0]}{more}: a class without a picture", file=sys.stderr)
+        if left_out:
+            shown = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common(5))
+            print(f"{path}: files left out, which are no pictures: {shown}", file=sys.stderr)
     return files
 
 
@@ -252,13 +325,8 @@ def load(
     Training: short side to 256, random 224 crop, flip. Evaluation: the same, centre crop.
     """
     root = Path(args.data_dir)
+    names = config.class_names or class_names(config, root)
     needs_train = training or args.val_split
-    names = classes(root / "train" if needs_train or (root / "train").is_dir() else root / "val")
-    if config.dataset != "Folder" and len(names) != config.num_classes:
-        raise UserError(
-            f"{root}: {len(names)} class folders, and {config.name} tells {config.num_classes} "
-            f"classes: {config.name.replace('ImgNet', 'Folder')} takes any number"
-        )
     train = files_of(root / "train", names) if needs_train else []
     if args.val_split:
         if args.val_split >= len(train):
@@ -275,7 +343,7 @@ def load(
     common["workers"] = args.workers
     train = FolderLoader(train, seed=args.seed, **common) if training else None
     test = FolderLoader(test, **common)
-    test.class_names = titles(names)
+    test.class_names = titles(list(names))
     return train, test
 
 

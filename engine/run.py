@@ -80,8 +80,10 @@ class Run:
         self.logs.close()
         if error is not None and self.logs.writer:
             last = self.cv_dir / storage.LAST
-            steps = f" and {self.steps_done} steps" if self.steps_done else ""
-            error.add_note(f"epoch {self.done}{steps} is kept; go on with --load {last}")
+            steps = f"{self.steps_done} steps of epoch {self.done + 1}" if self.steps_done else ""
+            done = " and ".join(filter(None, (f"epoch {self.done}" if self.done else "", steps)))
+            verb = "are" if steps else "is"
+            error.add_note(f"{done or 'the beginning'} {verb} kept; go on with --load {last}")
 
     def load_base(self, resnet: models.ResNet) -> None:
         """Load the base ResNet; checkpoints then say which it was."""
@@ -201,7 +203,8 @@ class Run:
         )
         if damaged:
             self.logs.metrics["damaged_images"] = len(damaged)
-            self.note(f"{len(damaged)} pictures cannot be read, the first {damaged[0]}: replaced")
+            what = f"{len(damaged)} pictures" if len(damaged) > 1 else "a picture"
+            self.note(f"{what} cannot be read and another stood in: {damaged[0]}")
 
     def _save_if_due(self, steps_done: int) -> None:
         """Write last.t7 every so many minutes, and before a stop that was asked for."""
@@ -279,6 +282,7 @@ class Run:
         content = {name: cpu(part.state_dict()) for name, part in self.kept.items()}
         content |= {"model": self.config.name, "stage": self.stage, "args": vars(self.args)}
         content["normalisation"] = self.config.normalisation
+        content["class_names"] = list(self.config.class_names)
         for owner in self.kept.values():
             if isinstance(owner, models.PolicyNet) and owner.size is not None:
                 content["policy_size"] = owner.size

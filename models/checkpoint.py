@@ -35,12 +35,18 @@ OPTIMIZERS = ("optimizer", "resnet_optimizer")
 # under which a ResNet's tensors stand: this code's names, then what other codes take
 RESNETS = ("state_dict", "resnet", "model", "net", "model_state_dict")
 NETWORKS = ("agent", "net", "resnet", "state_dict", "correctness")
+# of this code, under the names of `Checkpoint`
+AS_WRITTEN = (
+    *("targets", "class_names", "policy_size", "base", "args"),
+    *("epoch", "steps_done", "partial"),
+)
 KINDS = {
     "epoch": int,
     "args": Mapping,
     "stage": int,
     "base": str,
     "targets": list,
+    "class_names": list,
     "normalisation": list,
     "policy_size": int,
     "shortcuts": str,
@@ -55,8 +61,9 @@ class Checkpoint:
 
     stage: 0 a ResNet, 1 a policy network, 2 both, 3 ConvNet-AIG. resnet, policy, confidence: state
     dicts as they were written, the ResNet's with its gates in stage 3. targets: of the gates.
-    base: fingerprint of the ResNet that the policy learned on. policy_size: pixels that the policy
-    network looks at. shortcuts: those without parameters, as `CifarResNet.take_shortcuts` has them.
+    class_names: in the order of the logits. base: fingerprint of the ResNet that the policy learned
+    on. policy_size: pixels that the policy network looks at. shortcuts: those without parameters,
+    as `CifarResNet.take_shortcuts` has them.
     epoch, steps_done, partial: how far the run was, and what the steps of the
     unfinished epoch gave. Methods raise ValueError that begins with the path.
     """
@@ -69,6 +76,7 @@ class Checkpoint:
     confidence: State | None = None
     optimizers: Mapping[str, Any] = field(default_factory=dict)
     targets: Sequence[float] = ()
+    class_names: Sequence[str] = ()
     normalisation: Sequence[Sequence[float]] | None = None
     policy_size: int = 32
     shortcuts: str = "pool"
@@ -104,7 +112,6 @@ class Checkpoint:
         if resnet is not None and subsamples(resnet):
             shortcuts = "subsample"
             normalisation = normalisation or config("R50_ImgNet").normalisation  # as its code has
-        same = ("targets", "policy_size", "base", "args", "epoch", "steps_done", "partial")
         return cls(
             path=Path(path),
             stage=content.get("stage", stage),
@@ -115,7 +122,7 @@ class Checkpoint:
             optimizers={name: content[name] for name in OPTIMIZERS if name in content},
             normalisation=normalisation,
             shortcuts=shortcuts,
-            **{name: content[name] for name in same if name in content},
+            **{name: content[name] for name in AS_WRITTEN if name in content},
         )
 
     @property

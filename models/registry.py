@@ -24,6 +24,21 @@ USUAL = BLOCKDROP + AIG
 
 CIFAR = {"C10": ("CIFAR10", 10), "C100": ("CIFAR100", 100)}
 
+CLASS_NAMES = {
+    "CIFAR10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "CIFAR100": """
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge
+        bus butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud
+        cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox
+        girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man
+        maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
+        pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
+        road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+        streetcar sunflower sweet_pepper table tank telephone television tiger tractor train
+        trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split(),
+}
+
 PICTURES = {"ImgNet": "ImageNet", "Folder": "Folder"}
 
 # By the letters that a name begins with; AIG are the ResNets of ConvNet-AIG.
@@ -72,6 +87,7 @@ class Config:
     gated: bool = False  # ConvNet-AIG
     mean: Colour = AS_THEY_ARE[0]
     std: Colour = AS_THEY_ARE[1]
+    class_names: tuple[str, ...] = ()  # of pictures they are those of the folders, known later
 
     @property
     def has_pictures(self) -> bool:
@@ -138,7 +154,8 @@ def parse(name: str) -> Config:
     if data in CIFAR and depth >= 8 and depth % 6 == 2:
         dataset, num_classes = CIFAR[data]
         stages = ((depth - 2) // 6,) * 3
-        return Config(name, depth, dataset, num_classes, 32, stages, gated, mean, std)
+        names = tuple(CLASS_NAMES.get(dataset, ()))
+        return Config(name, depth, dataset, num_classes, 32, stages, gated, mean, std, names)
     raise ValueError(
         f"unknown model {name!r}: take one of {', '.join(USUAL)}, another CIFAR depth 6n+2 "
         f"such as R56_C10, or another ImageNet depth ({', '.join(f'R{d}' for d in IMAGENET)}); "
