@@ -150,15 +150,13 @@ def config_of(
         config = models.config(args.model, gated)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if config.has_pictures:
-        names = pictures.class_names(
-            config, Path(args.data_dir), known_classes(config, args, told_by)
-        )
-        config = replace(config, num_classes=len(names), class_names=tuple(names))
-    if config.dataset == "Folder":
-        config = replace(config, image_size=args.image_size or config.image_size)
-    elif args.image_size:
+    if args.image_size and config.dataset != "Folder":
         raise UserError(f"--image_size is for folders of pictures: {args.model} has a size")
+    if config.has_pictures:
+        known = known_classes(config, args, told_by)
+        names = pictures.class_names(config, Path(args.data_dir), known)
+        size = args.image_size or config.image_size
+        config = replace(config, num_classes=len(names), class_names=tuple(names), image_size=size)
     return config
 
 
