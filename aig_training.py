@@ -120,9 +120,11 @@ def log(run: engine.Run, split: str, results: Results) -> None:
     if split == "test":
         labels = results["label"]
         run.logs.kept(policies, labels)
-        by_class = [policies[labels == c].double().mean(0) for c in labels.unique()]
-        run.logs.metrics["test_rates_by_class"] = [[round(r, 4) for r in rates.tolist()]
-                                              for rates in by_class]  # fmt: skip
+        of_class = (policies[labels == c] for c in range(run.config.num_classes))
+        run.logs.metrics["test_rates_by_class"] = [  # null of a class without an image
+            [round(rate, 4) for rate in rows.double().mean(0).tolist()] if len(rows) else None
+            for rows in of_class
+        ]
 
 
 def main() -> None:

@@ -91,6 +91,8 @@ def main() -> None:
     if args.sample_gates and not config.gated:
         raise UserError(f"--sample_gates is for ConvNet-AIG: {args.model} has no gates")
     engine.ranks.start(device=args.device)
+    if args.time and args.sample_gates:
+        raise UserError("--time runs gates as they are deployed, deterministic: leave one out")
     if args.time and engine.ranks.world() > 1:
         raise UserError("--time measures one process: run it without torchrun")
     engine.seed_everything(args.seed)
@@ -100,6 +102,8 @@ def main() -> None:
         trained.resnet.sample_gates = args.sample_gates
     trained.plain.row_multiple = args.row_multiple
     _, test = engine.data.load(config, args, trained.device, training=False)
+    if args.base and trained.brings_resnet:
+        print(f"--base is not used: {args.load} holds a ResNet of its own", file=sys.stderr)
     if args.dependence and not trained.looks:
         raise UserError("--dependence asks of a policy network: there is none here")
     trained.tell_accuracy(test)
@@ -118,6 +122,13 @@ def main() -> None:
         print_dependence(figures["dependence"])
     if config.gated:
         print(f"    Gates: {'sampled' if args.sample_gates else 'argmax'}")
+        figures["execution_rate"] = figures["block_usage"] / config.num_blocks
+        figures["target_rate"] = trained.target_rate
+        if trained.target_rate is not None:
+            print(
+                f"    Execution rate: {figures['execution_rate']:.3f}, target "
+                f"{trained.target_rate:.3f}"
+            )
     if args.time:
         figures |= trained.time(test, args.batch_size)
         print(

@@ -23,6 +23,7 @@ class Range(NamedTuple):
         return step, round(-self.low / step)
 
 
+LARGEST_BIAS = 2**30  # half of int32: products are added to it
 NOTHING = Range(0.0, 0.0)  # zero is always in reach: borders are padded with it
 
 
@@ -61,6 +62,11 @@ def observe(
     return ranges
 
 
-def weight_scales(weight: Tensor) -> Tensor:
-    """Steps of int8 by output channel, (C,): the largest weight of each is 127 of them."""
-    return weight.abs().flatten(1).amax(1).clamp_min(1e-12) / 127
+def weight_scales(weight: Tensor, bias: Tensor, step: float) -> Tensor:
+    """Steps of int8 by output channel, (C,): the largest weight of each is 127 of them.
+
+    They are larger where weights are so small that the bias, which is kept in steps of theirs
+    times the input's `step`, would not fit into int32.
+    """
+    steps = weight.abs().flatten(1).amax(1).clamp_min(1e-12) / 127
+    return torch.maximum(steps, bias.abs() / (step * LARGEST_BIAS))

@@ -144,7 +144,7 @@ def conv(graph: Graph, x: str, layer: nn.Conv2d, norm: nn.BatchNorm2d, sums: boo
         weight, bias = graph.constant(folded.weight, "weight"), graph.constant(folded.bias, "bias")
         return graph.add("Conv", x, weight, bias, **geometry)
     step, _ = graph.ranges[layer].scale()
-    steps = weight_scales(folded.weight)
+    steps = weight_scales(folded.weight, folded.bias, step)
     weight = stored(graph, folded.weight, steps, np.int8)
     bias = stored(graph, folded.bias, steps * step, np.int32)
     x = graph.add("Conv", rounded(graph, x, graph.ranges[layer]), weight, bias, **geometry)

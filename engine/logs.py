@@ -81,6 +81,7 @@ class Logs:
         if ranks.is_main():
             with user_errors(self.folder), open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(self.metrics) + "\n")
+            self.writer.flush()  # a run that is killed then has no fewer epochs there
 
     def line(self, line: str, split: str, begin: str = "TS", **figures: float) -> None:
         """Print a line behind its epoch or, at an evaluation, behind `begin`.

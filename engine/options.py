@@ -77,7 +77,9 @@ seed = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1"
 side = number(int, lambda n: n >= 64, "a whole number of 64 or more")
 positive = number(float, lambda v: 0 < v < float("inf"), "a number above 0")
 weight = number(float, lambda v: 0 <= v < float("inf"), "a number of 0 or more")
-finite = number(float, lambda v: abs(v) < float("inf"), "a finite number")
+no_reward = number(
+    float, lambda v: float("-inf") < v <= 0, "a number of 0 or below, what a wrong class earns"
+)
 negative = number(float, lambda v: float("-inf") < v < 0, "a number below 0")
 fraction = number(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 alpha = number(float, lambda v: 0.5 < v <= 1, "in (0.5, 1]")
@@ -148,7 +150,7 @@ def add_static(options: Parser) -> None:
 def add_chosen_penalty(options: Parser) -> None:
     options.add_argument(
         "--penalty",
-        type=finite,
+        type=no_reward,
         help="choose policies for this reward of a wrong prediction, where the checkpoint comes "
         "from cl_training.py --warm_start or finetune.py --penalties",
     )
@@ -206,8 +208,13 @@ def add_policy_stage(options: Parser, epoch_step: int, penalty: float) -> None:
         default="step",
         help="of the learning rate: steps as released, or a cosine to zero at the last epoch",
     )
-    add("--penalty", type=finite, default=penalty, help="reward of a wrong prediction, -gamma")
-    add("--epoch_step", type=count, default=epoch_step, help="epochs between learning-rate steps")
+    add("--penalty", type=no_reward, default=penalty, help="reward of a wrong prediction, -gamma")
+    add(
+        "--epoch_step",
+        type=count,
+        default=epoch_step,
+        help="epochs between learning-rate steps, from the end of a warm start",
+    )
     add("--lr_decay_ratio", type=positive, default=0.1, help="learning-rate factor at a step")
     add(
         "--execution",

@@ -32,7 +32,8 @@ FREE_OPTIONS = {
     *("device", "parallel", "workers", "micro_batch", "precision", "deterministic"),
 }
 
-TOLD_OPTIONS = {"precision", "micro_batch"}  # those of them that change what is learned
+# those of them that change what is learned; under a cosine --max_epochs does, too
+TOLD_OPTIONS = {"precision", "micro_batch"}
 
 # options that there are no more, and how they stood where they were not used
 REMOVED_OPTIONS = {
@@ -125,7 +126,8 @@ def changes(loaded: Checkpoint, args: argparse.Namespace) -> list[tuple[str, Any
 
 def told_changes(loaded: Checkpoint, args: argparse.Namespace) -> list[tuple[str, Any, Any]]:
     """Those of the options that may be others which change what is learned: name, before, now."""
-    return differences(loaded, args, TOLD_OPTIONS)
+    moved = {"max_epochs"} if getattr(args, "schedule", None) == "cosine" else set()
+    return differences(loaded, args, TOLD_OPTIONS | moved)
 
 
 def differences(

@@ -17,13 +17,14 @@ def lr_factor(args: argparse.Namespace, epochs_done: float) -> float:
     """Factor of the learning rate under `--schedule`, after so many epochs and parts of one.
 
     A cosine rises over the first `warmup` of all epochs; steps fall by `lr_decay_ratio` after the
-    epochs of `lr_steps` or, without these, every `epoch_step`.
+    epochs of `lr_steps` or, without these, every `epoch_step` after a warm start.
     """
     if args.schedule == "cosine":
         return cosine(epochs_done / args.max_epochs, args.warmup)
     if args.lr_steps:
         return args.lr_decay_ratio ** sum(epochs_done > step for step in args.lr_steps)
-    return args.lr_decay_ratio ** (epochs_done // args.epoch_step)
+    after = max(0, epochs_done - getattr(args, "warm_start", 0))
+    return args.lr_decay_ratio ** (after // args.epoch_step)
 
 
 def sgd(network: nn.Module, lr: float, wd: float) -> optim.SGD:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-import models.checkpoint
-from models.checkpoint import CHECKSUM, LAST, Checkpoint, digest, newest
+from models import Checkpoint, files
+from models.files import CHECKSUM, LAST, digest, newest
 
 from .process import user_errors
 
@@ -28,9 +28,9 @@ def read(path: str | Path) -> Checkpoint:
 
 
 def content(path: str | Path) -> dict[str, Any]:
-    """What a file that `write` wrote holds; see `models.checkpoint.content`. Raises UserError."""
+    """What a file that `write` wrote holds; see `models.files.content`. Raises UserError."""
     with user_errors():
-        return models.checkpoint.content(path)
+        return files.content(path)
 
 
 def write(content: Mapping[str, Any], path: str | Path) -> None:

@@ -47,6 +47,9 @@ class TrainedModel:
         found = bases.read_for(config, args.load) if args.load else Checkpoint()
         self.resnet, policy_net = models.build(args.model, config.num_classes)
         self.candidates = found.candidates
+        self.brings_resnet = found.resnet is not None
+        targets = found.targets
+        self.target_rate = sum(targets) / len(targets) if targets else None
         self.policy_name = args.policy or found.static_policy
         if config.gated:
             self.policy = None

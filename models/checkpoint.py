@@ -1,9 +1,6 @@
 """A checkpoint file, read and checked once, whoever wrote it."""
 
-import hashlib
-import pickle
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +13,7 @@ from torch import nn
 import utils
 
 from .aig import GatedResNet
+from .files import KINDS, content, is_state
 from .policy import Confidence, GreedyPolicy, PenaltyPolicy, PolicyNet, StaticPolicy
 from .registry import Config, build_confidence, config
 from .resnet import CifarResNet
@@ -29,30 +27,15 @@ from .weights import (
     subsamples,
 )
 
-LAST = "last.t7"
-CHECKSUM = "checksum"
+STAGES = (0, 1, 2, 3)
 OPTIMIZERS = ("optimizer", "resnet_optimizer")
 # under which a ResNet's tensors stand: this code's names, then what other codes take
 RESNETS = ("state_dict", "resnet", "model", "net", "model_state_dict")
-NETWORKS = ("agent", "net", "resnet", "state_dict", "correctness")
 # of this code, under the names of `Checkpoint`
 AS_WRITTEN = (
     *("targets", "class_names", "policy_size", "base", "args"),
     *("epoch", "steps_done", "partial"),
 )
-KINDS = {
-    "epoch": int,
-    "args": Mapping,
-    "stage": int,
-    "base": str,
-    "targets": list,
-    "class_names": list,
-    "normalisation": list,
-    "policy_size": int,
-    "shortcuts": str,
-    "steps_done": int,
-    "partial": Mapping,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +80,11 @@ class Checkpoint:
     @classmethod
     def of(cls, content: Mapping[str, Any], path: str | Path) -> "Checkpoint":
         """The same of what `content` returned."""
+        own = {n: content[n] for n, kind in KINDS.items() if isinstance(content.get(n), kind)}
+        if own.get("stage") not in STAGES:
+            own.pop("stage", None)
+        if not all(isinstance(name, str) for name in own.get("class_names", [])):
+            del own["class_names"]
         policy = content.get("agent")
         if policy is None and head_bias(content.get("net", {})) is not None:
             policy = content["net"]  # as older released files have it
@@ -104,17 +92,17 @@ class Checkpoint:
         stage = 0 if policy is None else 1 if resnet is None else 2
         model = content.get("model")
         model = model if isinstance(model, str) else None
-        normalisation = content.get("normalisation")
+        normalisation = own.get("normalisation")
         if normalisation is None and model:
             with suppress(ValueError):  # another code's name
                 normalisation = config(model).normalisation
-        shortcuts = content.get("shortcuts", "pool")
+        shortcuts = own.get("shortcuts", "pool")
         if resnet is not None and subsamples(resnet):
             shortcuts = "subsample"
             normalisation = normalisation or config("R50_ImgNet").normalisation  # as its code has
         return cls(
             path=Path(path),
-            stage=content.get("stage", stage),
+            stage=own.get("stage", stage),
             model=model,
             resnet=resnet,
             policy=policy,
@@ -122,7 +110,7 @@ class Checkpoint:
             optimizers={name: content[name] for name in OPTIMIZERS if name in content},
             normalisation=normalisation,
             shortcuts=shortcuts,
-            **{name: content[name] for name in AS_WRITTEN if name in content},
+            **{name: own[name] for name in AS_WRITTEN if name in own},
         )
 
     @property
@@ -137,6 +125,8 @@ class Checkpoint:
     @property
     def static_policy(self) -> str | None:
         """The static policy, such as first:10, that the ResNet was finetuned under."""
+        if self.stage != 2:
+            return None
         return utils.with_seed(self.args.get("policy"), self.args.get("seed", 0))
 
     @property
@@ -149,7 +139,8 @@ class Checkpoint:
         """Whether the policy network chooses for any penalty: the head for that is there, and the
         policy network has not gone on since they learned together.
         """
-        return bool(self.confidence) and self.epoch <= self.args.get("warm_start", float("inf"))
+        begun = self.epoch + bool(self.steps_done)  # an epoch that is not finished has changed it
+        return bool(self.confidence) and begun <= self.args.get("warm_start", float("inf"))
 
     def load_into(self, network: nn.Module) -> None:
         """Load a network, by what kind of network it is.
@@ -214,38 +205,6 @@ class Checkpoint:
         return head
 
 
-def content(path: str | Path) -> dict[str, Any]:
-    """What a file holds, in torch's zip or pre-zip format, on the CPU, without running its code.
-
-    Raises ValueError naming the file and what is wrong.
-    """
-    path = newest(Path(path))
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint")
-    try:
-        with warnings.catch_warnings():  # of pickle protocols, which other programs' files have
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise ValueError(f"{path}: may not be read (permission denied)") from error
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL\s+(\S+)|[Uu]nsupported (?:class|operand)\s+(\S+)", str(error))
-        if named:
-            reason = f"its pickle wants to run code ({named[1] or named[2]}), which is never done"
-        else:
-            reason = "no checkpoint, or a damaged one"
-        raise ValueError(f"{path}: {reason}") from error
-    except Exception as error:  # torch.load raises anything at all on damaged files
-        raise ValueError(f"{path}: truncated, damaged or no checkpoint") from error
-    if not is_well_formed(content):
-        raise ValueError(f"{path}: readable, but no checkpoint of this method or of a ResNet")
-    content = dict(content)
-    written = content.pop(CHECKSUM, None)
-    if written is not None and written != digest(content):
-        raise ValueError(f"{path}: damaged, its content does not match its checksum")
-    return content
-
-
 def resnet_in(content: Mapping[str, Any], policy: State | None) -> State | None:
     """A ResNet's tensors: under a name that is known, under any other, or bare as torchvision
     publishes them; None where there are none.
@@ -264,56 +223,6 @@ def resnet_in(content: Mapping[str, Any], policy: State | None) -> State | None:
     return next((part for part in found if part is not None and has_stem(part)), None)
 
 
-def newest(path: Path) -> Path:
-    """The file that a run's directory stands for: the last.t7 in it or, where there is none, as in
-    those that come with the repository, its only checkpoint. It may not be there. A file is itself.
-    """
-    if not path.is_dir():
-        return path
-    last = path / LAST
-    named = [] if last.exists() else [*path.glob("ckpt_*.t7"), *path.glob("pk_*.t7")]
-    return named[0] if len(named) == 1 else last
-
-
-def is_well_formed(content: Any) -> bool:
-    """Whether what stands under the names of a checkpoint is of the kind it has to be."""
-    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        return False
-    if not all(isinstance(content[name], kind) for name, kind in KINDS.items() if name in content):
-        return False
-    return all(is_state(content[name]) for name in NETWORKS if name in content)
-
-
-def is_state(value: Any) -> bool:
-    """Whether a value is a state dict: tensors by name."""
-    return isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
-    )
-
-
 def head_bias(state: State) -> torch.Tensor | None:
     """The bias of a policy network's head, one number a block; None of another network."""
     return next((tensor for name, tensor in state.items() if name.endswith("logit.bias")), None)
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of nested mappings, sequences, tensors and plain values."""
-    hasher = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            hasher.update(raw.numpy().data)
-        elif isinstance(value, Mapping):
-            for key, part in value.items():
-                hasher.update(f"{key!r}:".encode())
-                add(part)
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                add(part)
-        else:
-            hasher.update(repr(value).encode())
-
-    add(value)
-    return hasher.hexdigest()

@@ -1,9 +1,14 @@
 """Checkpoint files: whole or not at all, and one line about every bad one."""
 
+import argparse
+import collections
 import os
 import pickle
 import subprocess
+import sys
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 
@@ -231,3 +236,104 @@ def test_pixels_of_another_normalisation_are_said(tmp_path, capsys):
         assert "b.t7: learned from pixels of mean and deviation 0,0,0 / 1,1,1" in (
             capsys.readouterr().err
         )
+
+
+def theirs(tmp_path, content):
+    """A base of another code: its state dict, and what else that code writes."""
+    torch.manual_seed(4)
+    resnet, _ = models.build("R14_C10")
+    torch.save({"state_dict": resnet.state_dict(), **content}, tmp_path / "x.pth")
+    return resnet, tmp_path / "x.pth"
+
+
+FOREIGN = {
+    "a Namespace": {"args": argparse.Namespace(lr=0.1, policy="mlp", out=Path("a/b"))},
+    "a numpy scalar": {"best_acc1": np.float64(92.6), "epoch": np.int64(3)},
+    "a numpy array's scalar": {"acc": np.float32(1.5), "flag": np.bool_(True)},
+    "a defaultdict": {"history": collections.defaultdict(list, a=[1, 2])},
+    "a Counter": {"seen": collections.Counter("abc")},
+    "paths": {"config": {"out": Path("a/b"), "pure": PurePosixPath("c"),
+                         "windows": PureWindowsPath("C:/x")}},
+    "fields of other types": {"epoch": "three", "args": [1], "stage": "train", "model": 7,
+                              "base": None, "partial": 0.5, "targets": {}, "policy_size": "big",
+                              "normalisation": "imagenet", "class_names": {"cat": 0}},
+    "fields of another meaning": {"stage": 5, "args": {"policy": "cnn", "seed": "x"}, "epoch": 99,
+                                  "class_names": [3, 4], "steps_done": 7},
+    "an optimizer": {"optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_lies_beside_the_weights_of_other_codes_does_no_harm(kind, tmp_path, run, common):
+    source, path = theirs(tmp_path, FOREIGN[kind])
+    target, _ = models.build("R14_C10")
+    found = bases.read_for(models.config("R14_C10"), path)
+    assert (found.stage, found.static_policy) == (0, None)
+    found.load_into(target)
+    assert all(torch.equal(t, source.state_dict()[n]) for n, t in target.state_dict().items())
+    for given in (["--base", path], ["--load", path]):
+        status, out, err = run("test", *common, *given)
+        assert status == 0 and "Block Usage: 6.000" in out, err
+
+
+def test_safetensors_are_read(tmp_path, run, common):
+    from safetensors.torch import save_file
+
+    source, _ = theirs(tmp_path, {})
+    path = tmp_path / "model.safetensors"
+    save_file(source.state_dict(), path, metadata={"format": "pt"})
+    target, _ = models.build("R14_C10")
+    storage.read(path).load_into(target)
+    assert all(torch.equal(t, source.state_dict()[n]) for n, t in target.state_dict().items())
+    assert run("test", *common, "--base", path)[0] == 0
+    raw = path.read_bytes()
+    for part in (raw[: len(raw) // 2], raw[:50]):
+        path.write_bytes(part)
+        with pytest.raises(UserError, match="model.safetensors: truncated, damaged"):
+            storage.read(path)
+
+
+def test_safetensors_without_the_package(tmp_path, monkeypatch):
+    (tmp_path / "x.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match="x.safetensors: to read it, pip install safetensors"):
+        storage.read(tmp_path / "x.safetensors")
+
+
+class Unknown:
+    """Of a class that the reading program may not know."""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_files_are_told_by_what_they_are(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    torch.save(network, tmp_path / "module.pt")
+    torch.save({"state_dict": {}, "meter": Unknown()}, tmp_path / "object.pt")
+    torch.jit.script(network).save(tmp_path / "script.pt")
+    (tmp_path / "lua.t7").write_bytes(b"\4\0\0\0\1\0\0\0\3\0\0\0V 1")
+    for name, said in (
+        (
+            "module.pt",
+            r"its pickle wants to run code \(torch.nn.*Sequential\).*save\(model.state_dict\(\)",
+        ),
+        (
+            "object.pt",
+            r"its pickle wants to run code \(test_checkpoint.Unknown\).*save the weights alone",
+        ),
+        ("script.pt", "a TorchScript program, not weights: .*save the weights alone"),
+        ("lua.t7", "a file of Lua's Torch7"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: {said}") as error:
+            storage.read(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "epoch, steps, chooses",
+    [(0, 0, True), (1, 0, True), (0, 5, True), (1, 5, False), (2, 0, False)],
+)
+def test_a_head_is_stale_once_the_policy_has_gone_on(epoch, steps, chooses):
+    """With one epoch of warm start."""
+    content = {"agent": {}, "correctness": {"w": torch.ones(1)}, "args": {"warm_start": 1}}
+    found = models.Checkpoint.of(content | {"epoch": epoch, "steps_done": steps}, "x.t7")
+    assert found.can_choose == chooses
