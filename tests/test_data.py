@@ -5,8 +5,11 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
+import tarfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +18,7 @@ import torch
 
 import engine
 import models
-from engine import UserError, cifar
+from engine import UserError, cifar, class_folders
 from engine import pictures as picture_files
 from engine.data import TensorLoader
 
@@ -134,9 +137,99 @@ def published(cifar_dir, monkeypatch):
     arrays = cifar.load("CIFAR10", cifar_dir, check=False)
     sums = tuple(hashlib.sha256(arrays[p].numpy()).hexdigest() for p in cifar.PARTS)
     source = cifar.SOURCES["CIFAR10"]
-    fields = {n: getattr(source, n) for n in ("folder", "train", "test", "labels")}
-    monkeypatch.setitem(cifar.SOURCES, "CIFAR10", cifar.Source(**fields, sha256=sums))
+    sets = tuple(
+        cifar.digest_in_any_order(arrays[f"{split}_images"], arrays[f"{split}_labels"])
+        for split in ("train", "test")
+    )
+    monkeypatch.setitem(cifar.SOURCES, "CIFAR10", replace(source, sha256=sums, set_sha256=sets))
     return arrays
+
+
+def equal(found, expected):
+    return all(torch.equal(found[part], expected[part]) for part in cifar.PARTS)
+
+
+@pytest.fixture
+def archive(cifar_dir, tmp_path):
+    """The published archive, as a download leaves it."""
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(cifar_dir / "cifar-10-batches-py", "cifar-10-batches-py")
+    return path
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_an_archive_that_lies_there_is_read(published, archive, check):
+    for given in (archive.parent, archive):
+        assert equal(cifar.load("CIFAR10", given, check), published)
+        (archive.parent / "CIFAR10.pt").unlink(missing_ok=True)
+    assert not (archive.parent / "cifar-10-batches-py").exists()
+
+
+def test_an_archive_of_other_pictures_is_taken_where_that_is_asked(archive):
+    with pytest.raises(UserError, match="not the published ones.*--skip_data_check"):
+        cifar.load("CIFAR10", archive.parent)
+    assert len(cifar.load("CIFAR10", archive.parent, check=False)["train_images"]) == 120
+
+
+def test_a_damaged_archive_is_named(archive, cifar_dir):
+    raw = archive.read_bytes()
+    archive.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(UserError, match="cifar-10-python.tar.gz: truncated, damaged"):
+        cifar.load("CIFAR10", archive.parent)
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(cifar_dir / "cifar-10-batches-py" / "test_batch", "cifar-10-batches-py/test_batch")
+    with pytest.raises(UserError, match="holds no data_batch_1"):
+        cifar.load("CIFAR10", archive.parent)
+
+
+def test_the_inner_folder_may_be_named(published, cifar_dir, tmp_path):
+    inner = shutil.copytree(cifar_dir / "cifar-10-batches-py", tmp_path / "cifar-10-batches-py")
+    assert equal(cifar.load("CIFAR10", inner), published)
+    renamed = inner.rename(tmp_path / "mine")
+    (renamed / "CIFAR10.pt").unlink()
+    assert equal(cifar.load("CIFAR10", renamed), published)
+
+
+def test_keys_may_be_bytes(cifar_dir, tmp_path):
+    expected = cifar.load("CIFAR10", cifar_dir, check=False)
+    folder = shutil.copytree(cifar_dir / "cifar-10-batches-py", tmp_path / "cifar-10-batches-py")
+    for path in folder.iterdir():
+        batch = pickle.loads(path.read_bytes())
+        path.write_bytes(pickle.dumps({key.encode(): part for key, part in batch.items()}))
+    assert equal(cifar.load("CIFAR10", tmp_path, check=False), expected)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_the_binary_version_is_named_for_what_it_is(tmp_path, check):
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    for given in (tmp_path, tmp_path / "cifar-10-batches-bin"):
+        with pytest.raises(UserError, match="the binary version .*cifar-10-python.tar.gz"):
+            cifar.load("CIFAR10", given, check)
+
+
+def test_cifar_10_as_png_files_by_class_is_the_published_set(published, tmp_path, monkeypatch):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        rows = zip(published[f"{split}_images"], published[f"{split}_labels"], strict=True)
+        for number, (image, label) in enumerate(rows):
+            folder = tmp_path / split / cifar.CLASS_NAMES["CIFAR10"][label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.numpy()).save(folder / f"{999 - number:04}.png")
+    monkeypatch.setattr(class_folders, "check_classes", lambda *_: None)  # of 60,000 pictures
+    found = cifar.load("CIFAR10", tmp_path)
+    for split in ("train", "test"):
+        parts = (f"{split}_images", f"{split}_labels")
+        assert cifar.digest_in_any_order(*(found[p] for p in parts)) == cifar.digest_in_any_order(
+            *(published[p] for p in parts)
+        )
+    assert equal(cifar.load("CIFAR10", tmp_path), found)  # from the cache
+    (tmp_path / "CIFAR10.pt").unlink()
+    path = next((tmp_path / "test").glob("*/*.png"))
+    Image.new("RGB", (32, 32)).save(path)
+    with pytest.raises(UserError, match="not the published ones"):
+        cifar.load("CIFAR10", tmp_path)
 
 
 def test_decoded_arrays_are_cached_and_a_damaged_cache_is_made_anew(published, cifar_dir, tmp_path):
