@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -205,7 +205,7 @@ class FolderLoader:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Shard]]:
         self.rows.start(epoch, skip)
         self.damaged = []
-        batches = zip(self.rows.shards, self.loader, strict=True)
+        batches = zip(self.rows.shards, told_of_memory(self.loader), strict=True)
         for shard, (pixels, labels, damaged, errors) in batches:
             for error in filter(None, errors):
                 raise UserError(error)
@@ -223,6 +223,19 @@ class FolderLoader:
         """The same files of the same sizes, the same fingerprint."""
         files = self.pictures.files
         return digest([(path, label, os.path.getsize(path)) for path, label in files])
+
+
+def told_of_memory(batches: Iterable) -> Iterator:
+    """The batches. Raises UserError where workers have no room for theirs, as in a container."""
+    try:
+        yield from batches
+    except (RuntimeError, OSError) as error:
+        if any(sign in str(error) for sign in ("Bus error", "shared memory", "No space left")):
+            raise UserError(
+                "/dev/shm is too small for what --workers read ahead: give the container more "
+                "(docker run --shm-size 8g), or take --workers 0, or a smaller --batch_size"
+            ) from error
+        raise
 
 
 def default_workers() -> int:

@@ -16,8 +16,10 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from models import capabilities
+
 FULL_MEMORY = (
-    "the GPU's memory is full: train on fewer images at a time with --micro_batch N, or take a "
+    "the {}'s memory is full: train on fewer images at a time with --micro_batch N, or take a "
     "smaller --batch_size"
 )
 STANDARD_OUTPUT = 1
@@ -42,7 +44,8 @@ def listen() -> None:
     global stop_requested
     stop_requested = False
     signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGALRM, on_signal)
+    if capabilities.alarms():
+        signal.signal(signal.SIGALRM, on_signal)
 
 
 def on_signal(number: int, frame) -> None:
@@ -51,7 +54,7 @@ def on_signal(number: int, frame) -> None:
         return  # a cluster and torchrun may both tell
     stop_requested = True
     if _undisturbed or (_patient.value and number == signal.SIGTERM):
-        signal.alarm(SECONDS_TO_STOP)
+        wake_after(SECONDS_TO_STOP)
         return
     raise Stopped
 
@@ -69,7 +72,13 @@ def patiently() -> Iterator[None]:
 def be_impatient() -> None:
     """From now on SIGTERM is heard at once again."""
     _patient.value = False
-    signal.alarm(0)
+    wake_after(0)
+
+
+def wake_after(seconds: int) -> None:
+    """Have SIGALRM come, 0 for none; without it a step that is asked to stop takes its time."""
+    if capabilities.alarms():
+        signal.alarm(seconds)
 
 
 @contextmanager
@@ -149,7 +158,12 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         status = fail(error, str(error), 2)
     except torch.OutOfMemoryError as error:
-        status = fail(error, f"{FULL_MEMORY} ({str(error).partition('. ')[0]})", 2)
+        full = FULL_MEMORY.format("GPU")
+        status = fail(error, f"{full} ({str(error).partition('. ')[0]})", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        status = fail(error, FULL_MEMORY.format("machine"), 2)
     except KeyboardInterrupt as error:
         status = fail(error, "interrupted", 130)
     except Stopped as error:
@@ -160,7 +174,11 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
 
 def output_is_read() -> bool:
-    """Whether there is still somebody at the other end of standard output."""
+    """Whether there is still somebody at the other end of standard output; False where it cannot be
+    asked.
+    """
+    if not capabilities.polls():
+        return False
     poll = select.poll()
     poll.register(STANDARD_OUTPUT, 0)
     return not any(event & select.POLLERR for _, event in poll.poll(0))

@@ -15,6 +15,8 @@ from models import capabilities
 
 from .process import UserError
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets
+
 # The same processes under gloo: for waits that NCCL would end after ten minutes, and for what is on
 # the host, which would go to the GPU and back and wait for all that it has to do.
 _patient: dist.ProcessGroup | None = None
@@ -31,6 +33,8 @@ def start(parallel: bool = False, device: str | None = None) -> None:
     if device and ":" in device and (parallel or "RANK" in os.environ):
         raise UserError(f"--device {device} is for one process: several take --device cuda")
     if "RANK" in os.environ:
+        if missing := [name for name in TORCHRUN if name not in os.environ]:
+            raise UserError(f"RANK is set, {missing[0]} is not: start by torchrun, or unset RANK")
         if not dist.is_initialized():
             if on_gpus:
                 pick_own_gpu()
@@ -117,11 +121,23 @@ def largest(value: int) -> int:
 
 def total(values: torch.Tensor) -> torch.Tensor:
     """The sum of all ranks' values, on every rank; gradients flow back to each."""
-    if world() == 1:
-        return values
-    import torch.distributed.nn  # the differentiable collectives, slow to import
+    return values if world() == 1 else Total.apply(values)
 
-    return torch.distributed.nn.all_reduce(values)
+
+class Total(torch.autograd.Function):
+    """The sum over all ranks and, on the way back, that of their gradients: what
+    torch.distributed.nn.all_reduce did, which torch 2.15 warns of.
+    """
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return Total.forward(ctx, gradient)
 
 
 def wrap(module: nn.Module, sync_bn: bool = False) -> nn.Module:

@@ -1,16 +1,15 @@
 """A training run: its device, its directory of checkpoints, and how it resumes."""
 
 import argparse
-import fcntl
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
@@ -76,7 +75,7 @@ class Run:
             with suppress(UserError):  # such as a full disk, which the error may be about
                 self.save_partway()
         if self.lock:
-            self.lock.close()
+            self.lock.release()
         self.logs.close()
         if error is not None and self.logs.writer:
             last = self.cv_dir / storage.LAST
@@ -293,22 +292,21 @@ class Run:
             storage.write(content, self.cv_dir / name)
 
 
-def claim(folder: Path) -> IO[str]:
-    """Make a run's directory, and hold it until this process ends, however it ends.
+def claim(folder: Path) -> FileLock:
+    """Make a run's directory, and hold it until this process ends, however it ends; workers, which
+    may outlive it for some seconds, do not.
 
     Raises UserError where it cannot be written, or another run is writing there.
     """
+    lock = FileLock(folder / ".lock", timeout=0)
     with user_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire()
+        except Timeout:
             raise UserError(
                 f"{folder}: another run is writing here: wait for it, or choose another --cv_dir"
             ) from None
-    # workers may outlive a killed run for some seconds, and must not hold its place
-    os.register_at_fork(after_in_child=lock.close)
     return lock
 
 

@@ -37,7 +37,8 @@ def write(content: Mapping[str, Any], path: str | Path) -> None:
     """Write a checkpoint; see `write_whole`."""
     buffer = io.BytesIO()
     torch.save({**content, CHECKSUM: digest(content)}, buffer)
-    write_whole(buffer.getbuffer(), path)
+    with buffer.getbuffer() as view:  # let go of before an error is told, as Python 3.13 wants it
+        write_whole(view, path)
 
 
 def write_whole(content: bytes | memoryview, path: str | Path) -> None:

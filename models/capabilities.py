@@ -4,6 +4,8 @@ Asked at each use, never at import, so that a build without oneDNN or CUDA impor
 """
 
 import os
+import select
+import signal
 
 import torch
 
@@ -35,6 +37,16 @@ def bf16_onednn() -> bool:
 def fused_convolutions(dtype: torch.dtype) -> bool:
     """Whether a CPU runs convolution, sum and relu in one kernel, in this dtype."""
     return onednn() if dtype == torch.float32 else dtype == torch.bfloat16 and bf16_onednn()
+
+
+def alarms() -> bool:
+    """Whether a process can have itself woken after some seconds; Windows cannot."""
+    return hasattr(signal, "SIGALRM")
+
+
+def polls() -> bool:
+    """Whether the ends of pipes can be asked after; on Windows they cannot."""
+    return hasattr(select, "poll")
 
 
 def cpus() -> int:
