@@ -116,5 +116,7 @@ class Margins:
 def lead(logits: Tensor, policy: models.PenaltyPolicy) -> Tensor:
     """By how much the best candidate's expected reward leads, (B, C) to (B,)."""
     candidates = policy.confidence.candidates
+    if len(candidates) == 1:  # as of a ResNet of one block a stage
+        return torch.ones(len(logits))
     best = utils.expected_reward(logits.sigmoid(), candidates, policy.penalty).topk(2).values
     return best[:, 0] - best[:, 1]

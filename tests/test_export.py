@@ -198,6 +198,45 @@ def test_a_policy_that_chooses_for_a_penalty(export, images, tmp_path, penalty):
     assert facts(file)["penalty"] == str(float(penalty))
 
 
+def test_one_candidate_leaves_nothing_to_choose(export, images, tmp_path):
+    """As a warm start leaves R8, of one block a stage."""
+    head = models.build_confidence(models.config("R8_C10"), models.build("R8_C10")[1])
+    head.candidates = torch.ones(1, 3)
+    head.linear = torch.nn.Linear(32, 1)
+    stage2(tmp_path / "ckpt.t7", images, "R8_C10", extra={"correctness": head.state_dict()})
+    content = storage.content(tmp_path / "ckpt.t7")
+    storage.write(content, tmp_path / "ckpt.t7")
+    found = storage.read(tmp_path / "ckpt.t7")
+    assert len(found.candidates) == 1
+    status, out, err, file = export("--load", tmp_path / "ckpt.t7", "--penalty", -5, model="R8_C10")
+    assert status == 0 and "Block Usage: 3.000" in out, err
+    _, policy = outputs(file, images)
+    assert policy.eq(1).all()
+
+
+@pytest.mark.parametrize("small", [1e-6, 1e-12, 0.0])
+def test_a_bias_fits_where_weights_are_nearly_zero(images, small):
+    """In steps of such weights it would not fit into int32."""
+    resnet = scatter(models.build(TINY)[0])
+    branch = resnet.blocks[1][1]
+    with torch.no_grad():
+        branch.conv1.weight[3] *= small
+        branch.bn1.running_var[3], branch.bn1.bias[3] = 1.0, 3.0
+        branch.bn1.weight[3], branch.bn1.running_mean[3] = 1.0, 0.0
+    policy = models.StaticPolicy(torch.ones(6))
+    x = pixels(TINY, images)
+    ranges = int8.observe([resnet], resnet, [x])
+    model = onnx_graph.build(resnet, policy, models.config(TINY), ranges=ranges)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    found = torch.tensor(
+        np.concatenate(
+            [session.run(["logits"], {"image": image[None].numpy()})[0] for image in images]
+        )
+    )
+    expected = resnet(x).detach()
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 @RUNTIMES
 def test_blocks_that_all_candidates_treat_alike_share_an_if(images, tmp_path, run_file):
     torch.manual_seed(2)
