@@ -80,7 +80,7 @@ def for_pixels(
     pixels: mean and deviation of those, where the file does not say or says something else.
     """
     if found.resnet is None:
-        raise UserError(f"{found.path}: holds no ResNet (neither state_dict nor resnet)")
+        raise UserError(found.without_resnet)
     theirs = pixels or found.normalisation
     if theirs in (None, config.normalisation):
         return found

@@ -23,7 +23,8 @@ def summary_writer(folder: Path, purge_step: int | None):
         from tensorboardX import SummaryWriter
     except ImportError:
         from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(str(folder), purge_step=purge_step)
+    # written within a second: `flush` leaves out what its thread has not taken up yet
+    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=1)
 
 
 class Logs:
@@ -81,7 +82,6 @@ class Logs:
         if ranks.is_main():
             with user_errors(self.folder), open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(self.metrics) + "\n")
-            self.writer.flush()  # a run that is killed then has no fewer epochs there
 
     def line(self, line: str, split: str, begin: str = "TS", **figures: float) -> None:
         """Print a line behind its epoch or, at an evaluation, behind `begin`.

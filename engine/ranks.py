@@ -15,7 +15,7 @@ from models import capabilities
 
 from .process import UserError
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets
 
 # The same processes under gloo: for waits that NCCL would end after ten minutes, and for what is on
 # the host, which would go to the GPU and back and wait for all that it has to do.
@@ -33,7 +33,8 @@ def start(parallel: bool = False, device: str | None = None) -> None:
     if device and ":" in device and (parallel or "RANK" in os.environ):
         raise UserError(f"--device {device} is for one process: several take --device cuda")
     if "RANK" in os.environ:
-        if missing := [name for name in TORCHRUN if name not in os.environ]:
+        needed = TORCHRUN + (("LOCAL_RANK",) if on_gpus else ())
+        if missing := [name for name in needed if name not in os.environ]:
             raise UserError(f"RANK is set, {missing[0]} is not: start by torchrun, or unset RANK")
         if not dist.is_initialized():
             if on_gpus:

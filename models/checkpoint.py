@@ -142,29 +142,35 @@ class Checkpoint:
         begun = self.epoch + bool(self.steps_done)  # an epoch that is not finished has changed it
         return bool(self.confidence) and begun <= self.args.get("warm_start", float("inf"))
 
+    @property
+    def without_resnet(self) -> str:
+        """What to say of a file without a ResNet."""
+        if self.policy is not None:
+            return f"{self.path}: a stage-1 checkpoint, which holds no ResNet"
+        return f"{self.path}: holds no ResNet (neither state_dict nor resnet)"
+
     def load_into(self, network: nn.Module) -> None:
         """Load a network, by what kind of network it is.
 
         Raises ValueError naming the tensor that is missing, extra or wrongly shaped.
         """
         if isinstance(network, Confidence):
-            load, state, missing = load_strictly, self.confidence, "holds no confidence head"
+            load, state = load_strictly, self.confidence
+            missing = f"{self.path}: holds no confidence head"
         elif isinstance(network, PolicyNet):
             load, state = load_policy, self.policy
             what = "no BlockDrop checkpoint" if self.resnet is None else "a pretrained ResNet"
-            missing = f"{what}, without a policy network (neither agent nor net)"
+            missing = f"{self.path}: {what}, without a policy network (neither agent nor net)"
             if network.size is not None:
                 network.look_at(self.policy_size)
         else:
+            load = load_gated if isinstance(network, GatedResNet) else load_resnet
+            state, missing = self.resnet, self.without_resnet
             if isinstance(network, CifarResNet):
                 network.take_shortcuts(self.shortcuts)
-            load = load_gated if isinstance(network, GatedResNet) else load_resnet
-            state, missing = self.resnet, "holds no ResNet (neither state_dict nor resnet)"
-            if self.policy is not None:
-                missing = "a stage-1 checkpoint, which holds no ResNet"
+        if state is None:
+            raise ValueError(missing)
         try:
-            if state is None:
-                raise ValueError(missing)
             load(network, state)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error

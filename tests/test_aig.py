@@ -2,7 +2,9 @@
 
 import json
 import math
+import pickle
 import re
+import shutil
 
 import pytest
 import torch
@@ -342,7 +344,8 @@ def test_training_profile_and_resume(run, common, tmp_path, base_file):
     figures = tmp_path / "figures.json"
     status, out, err = run("test", *common, "--load", whole, "--json", figures, "--time")
     assert status == 0, err
-    assert "\n    Unique Policies: " in out and "\n    Gates: argmax\n    Time/img: " in out
+    assert "\n    Unique Policies: " in out and "\n    Gates: argmax\n    Execution rate: 0." in out
+    assert ", target 0.600\n    Time/img: " in out
     metrics = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
     profile = json.loads(figures.read_text())
     assert profile["accuracy"] == metrics["test_accuracy"]
@@ -351,7 +354,27 @@ def test_training_profile_and_resume(run, common, tmp_path, base_file):
     assert len(metrics["test_rates_by_class"][0]) == 6
     assert profile["flops"] == pytest.approx(flops_by_hand(metrics["test_rates"]), rel=1e-4)
     status, out, _ = run("test", *common, "--load", whole, "--sample_gates")
-    assert status == 0 and out.endswith("    Gates: sampled\n")
+    assert status == 0 and "    Gates: sampled\n    Execution rate: 0." in out
+    assert profile["target_rate"] == pytest.approx(0.6)
+    assert profile["execution_rate"] == pytest.approx(profile["block_usage"] / 6)
+    status, _, err = run("test", *common, "--load", whole, "--sample_gates", "--time")
+    assert status == 2 and "--time runs gates as they are deployed" in err
+
+
+def test_rates_by_class_keep_their_places(run, cifar_dir, tmp_path, monkeypatch):
+    """Also where a class has no image."""
+    folder = shutil.copytree(cifar_dir, tmp_path / "data") / "cifar-10-batches-py"
+    for path in folder.iterdir():
+        batch = pickle.loads(path.read_bytes())
+        batch["labels"] = [label if label != 3 else 4 for label in batch["labels"]]
+        path.write_bytes(pickle.dumps(batch))
+    options = ["--data_dir", tmp_path / "data", "--skip_data_check", "--batch_size", 40]
+    status, _, err = run("aig_training", "--model", TINY_AIG, *options, "--max_epochs", 1,
+                         "--cv_dir", tmp_path / "run")  # fmt: skip
+    assert status == 0, err
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rates = json.loads(line)["test_rates_by_class"]
+    assert len(rates) == 10 and rates[3] is None and all(len(r) == 6 for r in rates if r)
 
 
 def flops_by_hand(rates):

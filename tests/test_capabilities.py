@@ -119,7 +119,7 @@ def test_one_gpu_by_number_is_not_for_several_processes(monkeypatch):
 def test_two_processes_on_one_gpu_are_refused(told, monkeypatch):
     monkeypatch.setattr(capabilities, "gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    given = dict.fromkeys(ranks.TORCHRUN, "1") | told
+    given = dict.fromkeys((*ranks.TORCHRUN, "LOCAL_RANK"), "1") | told
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     processes = "3" if told else "at least 2"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import engine
 import models
 from engine import loop, process, ranks, schedule, storage
 from engine.data import TensorLoader
+from engine.logs import Logs
 
 
 def settings(**given):
@@ -212,7 +214,7 @@ def test_all_weights_learn_under_autocast_after_a_pass_without_gradients():
 
 def test_tensorboards_writer_is_pytorchs_own_where_the_other_is_missing(monkeypatch, tmp_path):
     class Writer:
-        def __init__(self, folder, purge_step):
+        def __init__(self, folder, purge_step, flush_secs):
             self.made = folder, purge_step
 
     own = SimpleNamespace(SummaryWriter=Writer)
@@ -285,3 +287,45 @@ def test_stages_begin_by_saying_how_good_the_base_is(run, common, base_file, sta
         assert status == 0 and err.count("is near chance") == 1, err
     status, _, err = run("test", *common, *base, "--policy", "first:3")
     assert status == 0 and "near chance" not in err
+
+
+@pytest.mark.parametrize("warm, rates", [(0, [1, 1, 0.1, 0.1, 0.01]), (2, [1, 1, 1, 1, 0.1])])
+def test_steps_of_the_rate_are_counted_from_the_end_of_a_warm_start(warm, rates):
+    args = Namespace(schedule="step", lr_steps=None, epoch_step=2, lr_decay_ratio=0.1)
+    args.warm_start = warm
+    found = [schedule.lr_factor(args, epochs_done) for epochs_done in range(5)]
+    assert found == pytest.approx(rates)
+
+
+def written(folder):
+    events = b"".join(path.read_bytes() for path in (folder / "log").iterdir())
+    return events.count(b"train_accuracy")
+
+
+def test_each_epochs_figures_reach_tensorboard_soon(tmp_path, monkeypatch):
+    """A run that is killed then has no fewer epochs there than in its checkpoint."""
+    logs = Logs(tmp_path, Namespace(subset=None))
+    logs.open(0, None)
+    for epoch in (1, 2):
+        logs.begin(epoch)
+        logs.line("", "train", accuracy=0.5)
+        logs.end()
+        until = time.monotonic() + 5
+        while time.monotonic() < until and written(tmp_path) < epoch:
+            time.sleep(0.05)
+        assert written(tmp_path) == epoch
+    logs.close()
+
+
+@pytest.mark.parametrize(
+    "done, steps, said",
+    [(0, 5, "5 steps of epoch 1 are kept"), (2, 3, "epoch 2 and 3 steps of epoch 3 are kept"),
+     (2, 0, "epoch 2 is kept"), (0, 0, "the beginning is kept")],
+)  # fmt: skip
+def test_what_is_kept_is_said_in_words(done, steps, said, tmp_path):
+    logs = SimpleNamespace(close=lambda: None, writer=1)
+    run = SimpleNamespace(logs=logs, cv_dir=tmp_path, done=done, steps_done=steps)
+    run.is_trained, run.lock = False, None
+    error = ValueError()
+    engine.Run.__exit__(run, ValueError, error, None)
+    assert error.__notes__ == [f"{said}; go on with --load {tmp_path / 'last.t7'}"]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, told
 from PIL import Image
 
 import models
@@ -293,11 +293,6 @@ def test_accuracy_and_blocks_are_those_of_test_py(export, run, images, cifar_dir
     figures = json.loads((tmp_path / "test.json").read_text())
     assert float(facts(file)["accuracy"]) == pytest.approx(figures["accuracy"], abs=1e-9)
     assert float(facts(file)["mean_blocks"]) == pytest.approx(figures["block_usage"], abs=1e-6)
-
-
-def told(err):
-    """Without the warning that this random ResNet knows nothing."""
-    return "".join(line for line in err.splitlines(True) if "is near chance" not in line)
 
 
 def test_a_file_that_differs_is_not_kept(export, images, tmp_path, monkeypatch):

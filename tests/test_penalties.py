@@ -181,7 +181,7 @@ def test_a_warm_started_run_chooses_for_penalties(run, common, base_file, tmp_pa
     options += ["--warm_start", 2, "--policy_size", 16]
     assert run("cl_training", *options, "--max_epochs", 2, "--cv_dir", warm)[0] == 0
     blocks = []
-    for penalty in (0.9, -100):
+    for penalty in (0, -100):
         status, out, err = run(
             "test", *common, "--base", base_file, "--load", warm, "--penalty", penalty,
             "--dependence", "--time", "--json", figures,

@@ -65,6 +65,17 @@ def test_what_would_lose_something_is_refused(begun, given, stage, why):
     assert [path.name for path in begun.iterdir()] == [storage.LAST]
 
 
+@pytest.mark.parametrize("schedule, told", [("cosine", ("--max_epochs 9 (was 5)",)), ("step", ())])
+@pytest.mark.parametrize("place", ["here", "elsewhere"])
+def test_another_end_of_a_cosine_is_told(begun, tmp_path, schedule, told, place):
+    content = storage.content(begun)
+    content["args"]["schedule"] = schedule
+    storage.write(content, begun / storage.LAST)
+    given = {"cv_dir": str(tmp_path / "new")} if place == "elsewhere" else {}
+    args = options(load=str(begun), max_epochs=9, schedule=schedule, **given)
+    assert resume.plan(args, 1, CONFIG, "cv/tmp/").notes == told
+
+
 def test_a_finished_run_is_only_told_of(begun):
     plan = resume.plan(options(load=str(begun), max_epochs=2, penalty=-9.0), 1, CONFIG, "cv/tmp/")
     assert plan.progress()[0] == 2 and plan.notes == ()

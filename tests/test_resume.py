@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ENV, ROOT, metrics, named, options_of, refused, trained
+from conftest import ENV, ROOT, metrics, named, options_of, refused, told, trained
 from faults import same
 
 import engine
@@ -135,7 +135,7 @@ def test_signals_leave_a_run_that_goes_on(number, status, run, common, base_file
     process = start("cl_training", [*options, "--max_epochs", 1000])
     wait_for_epoch(process, tmp_path, 1)
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    err = told(process.communicate(timeout=30)[1])
     assert process.returncode == status
     assert err.count("\n") == 1 and f"go on with --load {tmp_path}/last.t7" in err
     done = storage.content(tmp_path)["epoch"]

@@ -358,6 +358,21 @@ def test_a_subset_is_told(run, common, base_file):
     assert status == 0 and "first 10 images only" in err
 
 
+@pytest.mark.parametrize("script", ["cl_training", "finetune", "test", "visualize", "export"])
+def test_a_penalty_that_rewards_being_wrong_is_refused(script, run, common, base_file, tmp_path):
+    for penalty in ("0.5", "1e-9", "inf", "nan"):
+        status, _, err = run(script, *common, "--penalty", penalty)
+        assert status == 2 and "0 or below" in err and err.count("\n") == 1
+
+
+def test_a_base_that_is_not_used_is_told(run, common, base_file, stage_1, tmp_path):
+    options = ["--base", base_file, "--pretrained", stage_1, "--max_epochs", 1, "--batch_size", 40]
+    assert run("finetune", *common, *options, "--cv_dir", tmp_path)[0] == 0
+    status, _, err = run("test", *common, "--load", tmp_path, "--base", tmp_path / "nothing.t7")
+    assert status == 0 and "--base is not used: " in err and "a ResNet of its own" in err
+    assert "--base is not used" not in run("test", *common, "--load", tmp_path)[2]
+
+
 def test_a_random_static_policy_is_profiled_as_it_was_finetuned(run, common, base_file, tmp_path):
     options = ["--base", base_file, "--max_epochs", 1, "--batch_size", 40]
     for seed in (1, 2):
