@@ -32,7 +32,7 @@ SHUFFLED_AT = -5  # the one of them whose policies are shuffled over the images 
 
 BATCH, STEPS = 128, 3  # of the measurement
 # of the whole: seconds that it takes at any pace (test.py --time), and images that cost the rest
-FIXED, IMAGES = 330, 150_000
+FIXED, IMAGES = 240, 150_000
 say = partial(print, flush=True)  # in order with what the scripts say
 
 
