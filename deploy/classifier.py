@@ -27,7 +27,7 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         self.resnet, self.policy_module = resnet, policy
-        self.num_blocks = resnet.num_blocks
+        self.num_blocks, self.class_names = resnet.num_blocks, list(config.class_names)
         for name, value in (("mean", config.mean), ("std", config.std)):
             value = torch.tensor(value, dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)

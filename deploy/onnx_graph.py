@@ -6,6 +6,7 @@ BatchNorm is folded into the convolutions. Needs the package onnx, so nothing th
 trainings need imports this module.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
@@ -52,10 +53,11 @@ def build(
     with torch.no_grad():
         x = pixels(graph, config)
         if resnet.decides:
-            logits, chosen = gated(graph, resnet, x)
+            logits, chosen = gated(graph, resnet, x, config.image_size)
         else:
             decide, chosen = decision(graph, policy, x, config.image_size)
-            logits = network(graph, resnet, x, decide, runs=runs_of(resnet, policy))
+            runs = runs_of(resnet, policy)
+            logits = network(graph, resnet, x, config.image_size, decide, runs=runs)
     graph.add("Identity", logits, output="logits")
     graph.add("Identity", chosen, output="policy")
     size = config.image_size
@@ -97,8 +99,14 @@ class Graph:
     def add(self, kind: str, *inputs: str, output: str | None = None, **attributes) -> str:
         """A node of one output, whose name is returned."""
         output = output or self.name(kind.lower())
-        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        self.add_several(kind, inputs, [output], **attributes)
         return output
+
+    def add_several(
+        self, kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes
+    ) -> None:
+        """A node of several outputs; it is called as the first of them."""
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=outputs[0], **attributes))
 
     def constant(self, value: Tensor | np.ndarray | float, name: str = "constant") -> str:
         value = value.numpy(force=True) if isinstance(value, Tensor) else np.asarray(value)
@@ -107,15 +115,25 @@ class Graph:
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
-    def choose(self, condition: str, then: "Graph", kept: str, other: "Graph", dropped: str) -> str:
-        """One of two branches, by a bool tensor of one element, with the output it names."""
+    def choose(
+        self,
+        condition: str,
+        then: "Graph",
+        kept: str,
+        other: "Graph",
+        dropped: str,
+        shape: Sequence[int],
+    ) -> str:
+        """One of two branches, by a bool tensor of one element, with the output that it names, of
+        this shape.
+        """
         branches = {}
         for attribute, graph, output in (
             ("then_branch", then, kept),
             ("else_branch", other, dropped),
         ):
-            value = helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)
-            branches[attribute] = graph.finish(attribute, [], [value])
+            value = helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, shape)
+            branches[attribute] = graph.finish(self.name(attribute), [], [value])
         return self.add("If", condition, **branches)
 
     def finish(self, name: str, inputs: Sequence, outputs: Sequence) -> onnx.GraphProto:
@@ -229,18 +247,22 @@ def network(
     graph: Graph,
     resnet: ResNet,
     x: str,
+    side: int,
     decide: Decide | None = None,
     relu_dropped: bool = False,
     runs: Sequence[int] | None = None,
 ) -> str:
     """Logits (1, classes), or pooled features where there is no classifier, of an image's name.
 
+    side: of the image, in pixels.
     `relu_dropped`: a dropped block's shortcut is followed by a relu (ConvNet-AIG). The first block
     of each run decides for the others.
     """
     x = graph.add("Relu", conv(graph, x, resnet.conv1, resnet.bn1))
+    side = -(-side // resnet.conv1.stride[0])
     if isinstance(resnet.stem_pool, nn.MaxPool2d):
         x = graph.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+        side = -(-side // 2)
     units = list(resnet.units())
     first = 0
     for run in runs or [1] * len(units):
@@ -248,14 +270,19 @@ def network(
         s = shortcut_of(graph, x, units[first][1])
         branches = [branch for branch, _ in units[first : first + run]]
         first += run
+        convs = [part for part in branches[0].children() if isinstance(part, nn.Conv2d)]
+        side = -(-side // math.prod(layer.stride[0] for layer in convs))
         has_relu = relu_dropped and s != x
         if isinstance(keep, bool):
             x = kept_run(graph, x, s, branches) if keep else s
             continue
         then, other = graph.branch(), graph.branch()
-        computed = kept_run(then, x, s, branches)
+        # some runtimes read what lies outside a branch once, and want its output made inside
+        inside = {name: then.add("Identity", name) for name in dict.fromkeys((x, s))}
+        computed = then.add("Identity", kept_run(then, inside[x], inside[s], branches))
         dropped = other.add("Relu" if has_relu else "Identity", s)
-        x = graph.choose(keep, then, computed, other, dropped)
+        shape = (1, convs[-1].out_channels, side, side)
+        x = graph.choose(keep, then, computed, other, dropped, shape)
     x = graph.add("Flatten", graph.add("GlobalAveragePool", x))
     return x if resnet.fc is None else linear(graph, x, resnet.fc)
 
@@ -266,7 +293,8 @@ def decision(graph: Graph, policy: nn.Module, x: str, size: int) -> tuple[Decide
         kept = policy.policy.bool().tolist()
         return lambda k, x: kept[k], graph.constant(policy.policy.float()[None], "static")
     policy_net = policy.policy_net
-    features = network(graph, policy_net.features, shrunk(graph, x, policy_net.shrink, size))
+    looked_at, side = shrunk(graph, x, policy_net.shrink, size)
+    features = network(graph, policy_net.features, looked_at, side)
     count = policy_net.num_blocks
     always = [False] * count
     if isinstance(policy, PenaltyPolicy):
@@ -280,14 +308,14 @@ def decision(graph: Graph, policy: nn.Module, x: str, size: int) -> tuple[Decide
     blocks = [graph.name(f"keep_{k}") for k in range(count)]
     flat = graph.add("Reshape", keep, graph.constant(np.array([count]), "shape"))
     sizes = graph.constant(np.ones(count, np.int64), "sizes")
-    graph.nodes.append(helper.make_node("Split", [flat, sizes], blocks))
+    graph.add_several("Split", [flat, sizes], blocks)
     return lambda k, x: always[k] or blocks[k], chosen
 
 
-def shrunk(graph: Graph, x: str, shrink: nn.Module, size: int) -> str:
-    """The image as the policy network looks at it."""
+def shrunk(graph: Graph, x: str, shrink: nn.Module, size: int) -> tuple[str, int]:
+    """The image as the policy network looks at it, and its side."""
     halves = isinstance(shrink, nn.AvgPool2d) or (isinstance(shrink, Halve) and size > 112)
-    return average(graph, x, 2) if halves else x
+    return (average(graph, x, 2), size // 2) if halves else (x, size)
 
 
 def best_candidate(graph: Graph, features: str, policy: PenaltyPolicy) -> str:
@@ -296,9 +324,8 @@ def best_candidate(graph: Graph, features: str, policy: PenaltyPolicy) -> str:
     classes = linear(graph, features, head.classes)
     largest = graph.constant(np.array([head.largest]), "largest")
     sure, order = graph.name("sure"), graph.name("order")
-    graph.nodes.append(
-        helper.make_node("TopK", [graph.add("LogSoftmax", classes, axis=1), largest], [sure, order])
-    )
+    log_probs = graph.add("LogSoftmax", classes, axis=1)
+    graph.add_several("TopK", [log_probs, largest], [sure, order])
     sure = graph.add("Max", sure, graph.constant(np.float32(SURELY_NOT), "surely_not"))
     hidden = graph.add("Relu", linear(graph, sure, head.hidden))
     right = graph.add("Sigmoid", linear(graph, hidden, head.linear))
@@ -313,7 +340,7 @@ def best_candidate(graph: Graph, features: str, policy: PenaltyPolicy) -> str:
     return graph.add("Gather", graph.constant(head.candidates.float(), "candidates"), chosen)
 
 
-def gated(graph: Graph, net: GatedResNet, x: str) -> tuple[str, str]:
+def gated(graph: Graph, net: GatedResNet, x: str, side: int) -> tuple[str, str]:
     """Logits and the gates (1, K) of a ConvNet-AIG; each gate looks at its block's input."""
     gates: list[str] = []
 
@@ -324,7 +351,7 @@ def gated(graph: Graph, net: GatedResNet, x: str) -> tuple[str, str]:
         gates.append(is_open(graph, net.gates[k], x))
         return gates[-1]
 
-    logits = network(graph, net.resnet, x, decide, relu_dropped=True)
+    logits = network(graph, net.resnet, x, side, decide, relu_dropped=True)
     keep = graph.add("Concat", *gates, axis=0)
     row = graph.constant(np.array([1, net.num_blocks]), "shape")
     policy = graph.add("Cast", keep, to=onnx.TensorProto.FLOAT)
@@ -338,7 +365,9 @@ def is_open(graph: Graph, gate: Gate, x: str) -> str:
     gate = deepcopy(gate).double().eval()
     pooled = graph.add("Flatten", graph.add("GlobalAveragePool", x))
     hidden = graph.add("Relu", linear(graph, pooled, fuse_linear_bn_eval(gate.fc1, gate.fc1bn)))
-    weight = gate.fc2.weight[OPEN] - gate.fc2.weight[CLOSED]
-    z = graph.add("MatMul", hidden, graph.constant(weight, "weight"))
+    weight = graph.constant((gate.fc2.weight[OPEN] - gate.fc2.weight[CLOSED])[None], "weight")
+    # not a product with a vector, which not all runtimes know
+    z = graph.add("Gemm", hidden, weight, transB=1)
+    z = graph.add("Reshape", z, graph.constant(np.array([1]), "shape"))
     bound = graph.constant((gate.fc2.bias[CLOSED] - gate.fc2.bias[OPEN]).view(1), "bound")
     return graph.add("Greater", z, bound)
