@@ -3,7 +3,8 @@
 The packages onnx and onnxruntime are imported where they are used: training does without.
 """
 
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
@@ -24,26 +25,58 @@ def build(
     config: models.Config,
     opset: int,
     ranges: int8.Ranges | None = None,
+    penalty_input: bool = False,
+    fixed: Sequence[bool | None] | None = None,
 ):
     """The ONNX model of trained networks, checked; see `deploy.onnx_graph.build`."""
     import onnx
 
     from . import onnx_graph
 
-    model = onnx_graph.build(resnet, policy, config, opset, ranges)
+    model = onnx_graph.build(resnet, policy, config, opset, ranges, penalty_input, fixed)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def calibrate(resnet: nn.Module, policy: nn.Module | None, train) -> int8.Ranges:
-    """What the networks meet on some training images, under their own policies."""
+def calibrate(
+    resnet: nn.Module, policy: nn.Module | None, train, penalties: Sequence[float] = ()
+) -> int8.Ranges:
+    """What the networks meet on some training images, under their own policies, or under those for
+    each of the penalties.
+    """
     batches = islice(train.epoch(0), -(-CALIBRATION // train.batch_size))
-    images = (
+    images = [
         images[: CALIBRATION - step * train.batch_size]
         for step, (images, _, _) in enumerate(batches)
-    )
-    run = partial(models.predict, resnet, policy)
+    ]
+
+    def run(images: Tensor) -> None:
+        for penalty in penalties or (None,):
+            with asked_for(policy, penalty):
+                models.predict(resnet, policy, images)
+
     return int8.observe(filter(None, (resnet, policy)), run, images)
+
+
+@torch.no_grad()
+def fixed_blocks(resnet: nn.Module, policy: nn.Module | None, images) -> list[bool | None]:
+    """For each block: whether all these images keep it, all drop it, or (None) neither."""
+    policies = torch.cat([models.predict(resnet, policy, batch)[1] for batch in images]).bool()
+    kept, dropped = policies.all(0).tolist(), (~policies).all(0).tolist()
+    return [True if k else False if d else None for k, d in zip(kept, dropped, strict=True)]
+
+
+@contextmanager
+def asked_for(policy: nn.Module | None, penalty: float | None) -> Iterator[None]:
+    """Inside, a `PenaltyPolicy` chooses for this penalty; with None any policy stays as it is."""
+    if penalty is None:
+        yield
+        return
+    before, policy.penalty = policy.penalty, penalty
+    try:
+        yield
+    finally:
+        policy.penalty = before
 
 
 def session(content: bytes):
@@ -55,21 +88,24 @@ def session(content: bytes):
     return onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
 
 
-def compare(content: bytes, resnet: nn.Module, policy: nn.Module | None, test) -> dict[str, Tensor]:
-    """Run the file and PyTorch on the same N images.
+def compare(
+    content: bytes, resnet: nn.Module, policy: nn.Module | None, test, penalty: float | None = None
+) -> dict[str, Tensor]:
+    """Run the file and PyTorch on the same N images, a file with a penalty input at this one.
 
     Returns policies (N, K) and whether the class is right (N,) as the file has them; the largest
     difference of logits, relative to the largest logit, whether policy and class are the same, and
     the margins, all (N,).
     """
     run, margins = session(content), Margins(resnet, policy)
+    more = {} if penalty is None else {"penalty": np.array([penalty], np.float32)}
     parts: dict[str, list[Tensor]] = {}
     done = 0
     for images, labels, _ in test.epoch(0):
-        with torch.no_grad():
+        with torch.no_grad(), asked_for(policy, penalty):
             logits, chosen = (part.cpu() for part in models.predict(resnet, policy, images))
         rows = [
-            run.run(["logits", "policy"], {"image": test.picture(done + row)[None]})
+            run.run(["logits", "policy"], {"image": test.picture(done + row)[None], **more})
             for row in range(len(images))
         ]
         done += len(images)

@@ -28,6 +28,8 @@ from .int8 import Range, Ranges, weight_scales
 OPSETS = range(13, 24)  # `Split` takes its sizes as an input from 13 on
 DEFAULT_OPSET = 17
 
+Fixed = Sequence[bool | None]  # for each block: always kept, never, or as the image decides
+
 # A block's number and its input's name, to the name of a bool tensor of one element, or to a bool
 # where the decision is known beforehand.
 Decide = Callable[[int, str], str | bool]
@@ -39,9 +41,15 @@ def build(
     config: Config,
     opset: int = DEFAULT_OPSET,
     ranges: Ranges | None = None,
+    penalty_input: bool = False,
+    fixed: Fixed | None = None,
 ) -> onnx.ModelProto:
     """An image, uint8 (1, H, W, 3) in RGB, to `logits` (1, classes) and its `policy` (1, K).
 
+    With `penalty_input` there is a second input, `penalty`, float32 (1,), for which a
+    `PenaltyPolicy` chooses, whatever its own is. It has no default: runtimes differ in whether a
+    value that is given then counts. Blocks that are `fixed` are run or left out for every image,
+    whatever decides for the others.
     The policy module decides, or ConvNet-AIG's gates, which take none: None. Blocks that a
     `StaticPolicy` drops are left out. Networks are read in evaluation mode. With `ranges` the
     convolutions that were observed compute in int8. Raises ValueError for an opset that lacks an
@@ -53,9 +61,9 @@ def build(
     with torch.no_grad():
         x = pixels(graph, config)
         if resnet.decides:
-            logits, chosen = gated(graph, resnet, x, config.image_size)
+            logits, chosen = gated(graph, resnet, x, config.image_size, fixed)
         else:
-            decide, chosen = decision(graph, policy, x, config.image_size)
+            decide, chosen = decision(graph, policy, x, config.image_size, penalty_input, fixed)
             runs = runs_of(resnet, policy)
             logits = network(graph, resnet, x, config.image_size, decide, runs=runs)
     graph.add("Identity", logits, output="logits")
@@ -66,9 +74,12 @@ def build(
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, columns])
         for name, columns in (("logits", config.num_classes), ("policy", config.num_blocks))
     ]
+    inputs = [image]
+    if penalty_input:
+        inputs.append(helper.make_tensor_value_info("penalty", onnx.TensorProto.FLOAT, [1]))
     imports = [helper.make_opsetid("", opset)]
     return helper.make_model(
-        graph.finish(config.name, [image], outputs),
+        graph.finish(config.name, inputs, outputs),
         opset_imports=imports,
         # the newest would shut out every runtime older than the package onnx
         ir_version=helper.find_min_ir_version_for(imports),
@@ -83,7 +94,7 @@ class Graph:
         self.ranges = Ranges() if ranges is None else ranges
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
-        self.taken = {"image", "logits", "policy"} if taken is None else taken
+        self.taken = {"image", "penalty", "logits", "policy"} if taken is None else taken
 
     def branch(self) -> "Graph":
         return Graph(self.ranges, self.taken)
@@ -274,7 +285,8 @@ def network(
         side = -(-side // math.prod(layer.stride[0] for layer in convs))
         has_relu = relu_dropped and s != x
         if isinstance(keep, bool):
-            x = kept_run(graph, x, s, branches) if keep else s
+            dropped = graph.add("Relu", s) if has_relu and not keep else s
+            x = kept_run(graph, x, s, branches) if keep else dropped
             continue
         then, other = graph.branch(), graph.branch()
         # some runtimes read what lies outside a branch once, and want its output made inside
@@ -287,7 +299,14 @@ def network(
     return x if resnet.fc is None else linear(graph, x, resnet.fc)
 
 
-def decision(graph: Graph, policy: nn.Module, x: str, size: int) -> tuple[Decide, str]:
+def decision(
+    graph: Graph,
+    policy: nn.Module,
+    x: str,
+    size: int,
+    penalty_input: bool = False,
+    fixed: Fixed | None = None,
+) -> tuple[Decide, str]:
     """How each block is decided before the ResNet begins, and the name of the policy (1, K)."""
     if isinstance(policy, StaticPolicy):
         kept = policy.policy.bool().tolist()
@@ -296,11 +315,12 @@ def decision(graph: Graph, policy: nn.Module, x: str, size: int) -> tuple[Decide
     looked_at, side = shrunk(graph, x, policy_net.shrink, size)
     features = network(graph, policy_net.features, looked_at, side)
     count = policy_net.num_blocks
-    always = [False] * count
+    known = list(fixed or [None] * count)
     if isinstance(policy, PenaltyPolicy):
-        chosen = best_candidate(graph, features, policy)
+        chosen = best_candidate(graph, features, policy, penalty_input)
         keep = graph.add("Cast", chosen, to=onnx.TensorProto.BOOL)
         always = policy.confidence.candidates.bool().all(0).tolist()
+        known = [True if kept else value for kept, value in zip(always, known, strict=True)]
     else:  # the most probable policy: sigmoid(z) >= 1/2
         z = linear(graph, features, policy_net.logit)
         keep = graph.add("GreaterOrEqual", z, graph.constant(np.float32(0), "zero"))
@@ -309,7 +329,11 @@ def decision(graph: Graph, policy: nn.Module, x: str, size: int) -> tuple[Decide
     flat = graph.add("Reshape", keep, graph.constant(np.array([count]), "shape"))
     sizes = graph.constant(np.ones(count, np.int64), "sizes")
     graph.add_several("Split", [flat, sizes], blocks)
-    return lambda k, x: always[k] or blocks[k], chosen
+    if fixed is not None:  # the policy tells what runs
+        varies = graph.constant(np.array([[value is None for value in fixed]]), "varies")
+        instead = graph.constant(np.array([[float(bool(value)) for value in fixed]], np.float32))
+        chosen = graph.add("Where", varies, chosen, instead)
+    return lambda k, x: blocks[k] if known[k] is None else known[k], chosen
 
 
 def shrunk(graph: Graph, x: str, shrink: nn.Module, size: int) -> tuple[str, int]:
@@ -318,8 +342,12 @@ def shrunk(graph: Graph, x: str, shrink: nn.Module, size: int) -> tuple[str, int
     return (average(graph, x, 2), size // 2) if halves else (x, size)
 
 
-def best_candidate(graph: Graph, features: str, policy: PenaltyPolicy) -> str:
-    """The policy (1, K) of largest expected reward (Eq. 3) at the policy's penalty."""
+def best_candidate(
+    graph: Graph, features: str, policy: PenaltyPolicy, penalty_input: bool = False
+) -> str:
+    """The policy (1, K) of largest expected reward (Eq. 3) at the policy's penalty, or at the one
+    that is given with the image.
+    """
     head, penalty = policy.confidence, policy.penalty
     classes = linear(graph, features, head.classes)
     largest = graph.constant(np.array([head.largest]), "largest")
@@ -330,24 +358,29 @@ def best_candidate(graph: Graph, features: str, policy: PenaltyPolicy) -> str:
     hidden = graph.add("Relu", linear(graph, sure, head.hidden))
     right = graph.add("Sigmoid", linear(graph, hidden, head.linear))
     # the expected reward is linear in the probability of being right
-    ends = [
-        utils.expected_reward(torch.full((len(head.candidates),), p), head.candidates, penalty)
-        for p in (0.0, 1.0)
-    ]
-    reward = graph.add("Mul", right, graph.constant(ends[1] - ends[0], "gain"))
-    reward = graph.add("Add", reward, graph.constant(ends[0], "floor"))
+    right_earns = utils.reward_if_right(head.candidates)
+    if penalty_input:
+        wrong_earns = "penalty"
+        gain = graph.add("Sub", graph.constant(right_earns, "reward"), "penalty")
+    else:
+        wrong_earns = graph.constant(torch.full_like(right_earns, penalty), "floor")
+        gain = graph.constant(right_earns - penalty, "gain")
+    reward = graph.add("Add", graph.add("Mul", right, gain), wrong_earns)
     chosen = graph.add("ArgMax", reward, axis=1, keepdims=0)
     return graph.add("Gather", graph.constant(head.candidates.float(), "candidates"), chosen)
 
 
-def gated(graph: Graph, net: GatedResNet, x: str, side: int) -> tuple[str, str]:
+def gated(
+    graph: Graph, net: GatedResNet, x: str, side: int, fixed: Fixed | None = None
+) -> tuple[str, str]:
     """Logits and the gates (1, K) of a ConvNet-AIG; each gate looks at its block's input."""
     gates: list[str] = []
 
     def decide(k: int, x: str) -> str | bool:
-        if k in net.always_on:
-            gates.append(graph.constant(np.ones(1, bool), "open"))
-            return True
+        known = True if k in net.always_on else fixed[k] if fixed else None
+        if known is not None:
+            gates.append(graph.constant(np.array([known]), "known"))
+            return known
         gates.append(is_open(graph, net.gates[k], x))
         return gates[-1]
 

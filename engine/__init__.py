@@ -1,6 +1,17 @@
 """Everything around the method: data, checkpoints, devices, logs and shared options."""
 
-from . import bases, candidates, data, dependence, device, options, ranks, schedule, storage
+from . import (
+    bases,
+    candidates,
+    data,
+    dependence,
+    device,
+    npm,
+    options,
+    ranks,
+    schedule,
+    storage,
+)
 from .loop import Results, evaluate
 from .process import UserError, run_script, user_errors
 from .run import Run
@@ -19,6 +30,7 @@ __all__ = [
     "dependence",
     "device",
     "evaluate",
+    "npm",
     "options",
     "ranks",
     "run_script",

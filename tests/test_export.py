@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -235,6 +236,178 @@ def test_a_bias_fits_where_weights_are_nearly_zero(images, small):
     )
     expected = resnet(x).detach()
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def chooser_head():
+    """One that tells images apart."""
+    torch.manual_seed(2)
+    head = models.Confidence(64, 10, utils.candidate_policies((2, 2, 2), lambda policy: 0.0))
+    for layer in (head.classes, head.hidden):
+        torch.nn.init.normal_(layer.weight, 0, 1)
+    torch.nn.init.normal_(head.linear.weight, 0, 0.3)
+    return head
+
+
+@pytest.fixture
+def chooser(images, tmp_path):
+    """A checkpoint that chooses for any penalty, and its networks."""
+    head = chooser_head()
+    extra = {"correctness": head.state_dict()}
+    return *stage2(tmp_path / "ckpt.t7", images, extra=extra), head
+
+
+@pytest.mark.parametrize("int8", [[], ["--int8"]])
+def test_a_file_takes_its_penalty_as_an_input(export, images, tmp_path, chooser, int8):
+    """It decides as files do that are exported for each penalty."""
+    status, out, err, file = export("--load", tmp_path / "ckpt.t7", "--penalty", "input", *int8)
+    assert status == 0, err
+    given = onnx.load(file).graph.input
+    assert [value.name for value in given] == ["image", "penalty"]
+    assert given[1].type.tensor_type.shape.dim[0].dim_value == 1
+    assert not any(c.name == "penalty" for c in onnx.load(file).graph.initializer)
+    assert [line.strip() for line in out.splitlines() if "Penalty" in line] == [
+        "Penalty -0.5:", "Penalty -5:", "Penalty -50:"
+    ]  # fmt: skip
+    known = facts(file)
+    assert known["penalty"] == "input" and set(json.loads(known["mean_blocks"])) == {
+        "-0.5", "-5.0", "-50.0"
+    }  # fmt: skip
+    session = onnxruntime.InferenceSession(file)
+    with pytest.raises(ValueError, match="penalty"):
+        session.run(None, {"image": images[:1].numpy()})
+    resnet, policy_net, head = chooser
+    kept = []
+    for penalty in (-0.01, -0.5, -3.0, -20.0, -1000.0):
+        feed = {"penalty": np.array([penalty], np.float32)}
+        found = [
+            session.run(["logits", "policy"], {"image": x[None].numpy(), **feed}) for x in images
+        ]
+        logits, policy = (torch.tensor(np.concatenate(part)) for part in zip(*found, strict=True))
+        if not int8:
+            status, _, err, file = export(
+                "--load", tmp_path / "ckpt.t7", "--penalty", penalty, "--force"
+            )
+            assert status == 0, err
+            its_logits, its_policy = outputs(file, images)
+            assert torch.equal(policy, its_policy)
+            torch.testing.assert_close(logits, its_logits, rtol=1e-5, atol=1e-5)
+            with torch.no_grad():
+                expected = models.PenaltyPolicy(policy_net, head, penalty)(pixels(TINY, images))
+            assert torch.equal(policy, expected)
+        kept.append(policy.sum().item())
+    assert kept == sorted(kept) and kept[0] < kept[-1]
+
+
+def biased(path, always=(), never=()):
+    """Have the policy network of a checkpoint always keep, and never, some blocks."""
+    content = storage.content(path)
+    for blocks, bias in ((always, 9.0), (never, -9.0)):
+        for k in blocks:
+            content["agent"]["logit.weight"][k] = 0
+            content["agent"]["logit.bias"][k] = bias
+    storage.write(content, path)
+
+
+def test_blocks_that_never_vary_may_be_fixed(export, images, tmp_path):
+    path = tmp_path / "ckpt.t7"
+    stage2(path, images)
+    biased(path, always=[0, 3], never=[1, 2])
+    status, out, err, file = export("--load", path)
+    assert status == 0, err
+    expected, size = tuple(outputs(file, images)), file.stat().st_size
+    assert kinds(file).count("If") == 6
+    counts = re.search(r"kept by so many images: ([\d ]+)", out)[1].split()
+    assert counts[0] == counts[3] == "8" and counts[1] == counts[2] == "0"
+    status, out, err, file = export("--load", path, "--fixed", "--force")
+    assert status == 0, err
+    found = tuple(outputs(file, images))
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert kinds(file).count("If") == 2 and file.stat().st_size < size
+    assert "keeps blocks 0, 3 and drops 1, 2" in facts(file)["fixed"]
+
+
+@RUNTIMES
+def test_gates_may_be_fixed(images, tmp_path, run_file):
+    net = scatter(models.build("AIG14_C10")[0])
+    with torch.no_grad():
+        for k, bias in ((0, 9.0), (2, -9.0), (3, -9.0)):  # the third changes the shape
+            net.gates[k].fc2.weight.zero_()
+            net.gates[k].fc2.bias.copy_(torch.tensor([-bias, bias]))
+        x = pixels("AIG14_C10", images)
+        fixed = onnx_files.fixed_blocks(net, None, [x[:7], x[7:]])
+        expected, gates = net(x)
+    assert fixed[0] is True and fixed[2] is False and fixed[3] is False
+    model = onnx_graph.build(net, None, models.config("AIG14_C10"), fixed=fixed)
+    onnx.save(model, tmp_path / "x.onnx")
+    logits, policy = run_file(tmp_path / "x.onnx", images)
+    assert torch.equal(policy, gates)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fixed_block_that_a_test_image_wants_otherwise_is_refused(
+    export, images, tmp_path, monkeypatch
+):
+    path = tmp_path / "ckpt.t7"
+    stage2(path, images)
+    monkeypatch.setattr(onnx_files, "fixed_blocks", lambda *_: [True] + [None] * 5)
+    status, _, err, file = export("--load", path, "--fixed")
+    assert status == 2 and "with --fixed a test image decides otherwise" in err
+    assert not file.exists()
+
+
+def test_a_penalty_input_wants_a_policy_that_chooses(export, images, tmp_path):
+    stage2(tmp_path / "ckpt.t7", images)
+    status, _, err, _ = export("--load", tmp_path / "ckpt.t7", "--penalty", "input")
+    assert status == 2 and "its policy cannot choose for another penalty" in err
+    status, _, err, _ = export("--load", tmp_path / "ckpt.t7", "--penalty", "more")
+    assert status == 2 and "0 or below" in err
+    status, _, err, _ = export("--load", tmp_path / "ckpt.t7", "--penalty", "input", "--fixed")
+    assert status == 2 and "do at another" in err
+
+
+@pytest.mark.parametrize("name", ["R14_C10", "AIG14_C10", "R18_Folder", "R50_Folder"])
+def test_the_form_that_other_runtimes_want(name, images):
+    """Names, shapes and copies; each is what some runtime fails without."""
+    torch.manual_seed(0)
+    config = models.config(name)
+    resnet, policy_net = models.build(name)
+    policy = policy_net and models.GreedyPolicy(policy_net)
+    model = onnx_graph.build(scatter(resnet), policy and scatter(policy), config)
+    nodes, graphs = [], []
+
+    def walk(graph):
+        graphs.append(graph)
+        for node in graph.node:
+            nodes.append(node)
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    walk(attribute.g)
+
+    walk(model.graph)
+    names = [node.name for node in nodes]
+    assert all(names) and len(set(names)) == len(names)
+    assert len({graph.name for graph in graphs}) == len(graphs)
+    assert not any(node.op_type == "MatMul" for node in nodes)
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    shapes = {value.name: value.type.tensor_type.shape for value in inferred.graph.value_info}
+    branches = graphs[1:]
+    assert len(branches) == 2 * resnet.num_blocks
+    for node in (n for n in nodes if n.op_type == "If"):
+        then, other = (a.g for a in sorted(node.attribute, key=lambda a: a.name, reverse=True))
+        for graph in (then, other):
+            (output,) = graph.output
+            dims = [d.dim_value for d in output.type.tensor_type.shape.dim]
+            assert len(dims) == 4 and all(dims)
+            assert [d.dim_value for d in shapes[node.output[0]].dim] == dims
+            made = {name for n in graph.node for name in n.output}
+            assert output.name in made
+        made = {c.name for c in then.initializer} | {name for n in then.node for name in n.output}
+        outer = [n for n in then.node if set(n.input) - made]
+        assert all(n.op_type == "Identity" for n in outer)
+        assert len({n.input[0] for n in outer}) == len(outer)
+        assert then.node[-1].op_type == "Identity"
+        assert then.initializer  # weights stay in their branch
 
 
 @RUNTIMES
