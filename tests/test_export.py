@@ -625,3 +625,54 @@ def test_runtimes_are_timed_on_the_same_files(base_file, images, cifar_dir, tmp_
         f"{w}, {a}" for w in ("full", "ours") for a in ("float32", "int8")
     }
     assert "ours, float32: accuracy" in done.stdout
+
+
+def opencv_outputs(file, images):
+    """The same from OpenCV's own engine."""
+    cv2 = pytest.importorskip("cv2")
+    net = cv2.dnn.readNetFromONNX(str(file))
+    rows = []
+    for image in images:
+        net.setInput(image[None].numpy(), "image")
+        rows.append(net.forward(["logits", "policy"]))
+    return (torch.cat([torch.from_numpy(row[i].reshape(1, -1)) for row in rows]) for i in (0, 1))
+
+
+def mnn_outputs(file, images):
+    """The same from MNN, whose converter writes a file of its own first."""
+    pytest.importorskip("MNN")
+    import MNN.expr as expr
+    import MNN.nn as networks
+
+    converted = str(file.with_suffix(".mnn"))
+    command = "from MNN.tools import mnnconvert; mnnconvert.main()"
+    options = ["-f", "ONNX", "--modelFile", file, "--MNNModel", converted, "--bizCode", "x"]
+    done = subprocess.run([sys.executable, "-c", command, *map(str, options)], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    network = networks.load_module_from_file(converted, ["image"], ["logits", "policy"])
+    rows = []
+    for image in images:
+        given = expr.placeholder(list(image[None].shape), expr.NCHW, expr.uint8)
+        given.write(image[None].numpy())
+        rows.append([part.read() for part in network.forward([given])])
+    return (torch.cat([torch.tensor(row[i].reshape(1, -1)) for row in rows]) for i in (0, 1))
+
+
+@pytest.mark.parametrize("other", [opencv_outputs, mnn_outputs])
+@pytest.mark.parametrize("name", [TINY, "AIG14_C10"])
+def test_other_runtimes_give_the_same(images, tmp_path, name, other):
+    """Where requirements-runtimes.txt is installed."""
+    file = tmp_path / "x.onnx"
+    if name == TINY:
+        resnet, policy_net = stage2(tmp_path / "ckpt.t7", images)
+        policy = models.GreedyPolicy(policy_net)
+    else:
+        torch.manual_seed(3)
+        resnet, policy = scatter(models.build(name)[0]), None
+        for gate in resnet.gates:
+            torch.nn.init.normal_(gate.fc2.weight)
+    onnx.save(onnx_graph.build(resnet, policy, models.config(name)), file)
+    logits, kept = outputs(file, images)
+    found, its_kept = other(file, images)
+    assert torch.equal(its_kept, kept) and 0 < kept.mean() < 1
+    torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
