@@ -73,7 +73,8 @@ def load_start(run: engine.Run, resnet: models.ResNet) -> None:
         return
     if config.dataset == "Folder":
         own = {f"fc.{n}": tensor for n, tensor in resnet.fc.state_dict().items()}
-        state = {n: t for n, t in state.items() if n not in own} | own
+        known = models.our_names(state)
+        state = {n: t for n, t in known.items() if not n.startswith("fc.")} | own
     with engine.user_errors(path):
         num_blocks = models.load_grown(resnet, state)
     if num_blocks < config.num_blocks:

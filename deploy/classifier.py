@@ -46,6 +46,8 @@ class Classifier(nn.Module):
     def _pixels(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}, not (B, 3, H, W)")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}, not uint8 or float in [0, 1]")
         x = images / 255 if images.dtype == torch.uint8 else images
         dtype = next(self.resnet.parameters()).dtype
         return ((x.float() - self.mean.float()) / self.std.float()).to(dtype)
@@ -57,7 +59,9 @@ class Classifier(nn.Module):
         if self._deployed is None or changes != self._changes:
             dtype = next(self.resnet.parameters()).dtype
             self._deployed = deploy(self.resnet, self.policy_module, dtype)
-            self._tensors = [*self.parameters(), *self.buffers()]
+            every = (*self.parameters(), *self.buffers())
+            # one that was made in inference mode has no version, and cannot be changed outside
+            self._tensors = [tensor for tensor in every if not tensor.is_inference()]
             self._changes = sum(map(attrgetter("_version"), self._tensors))
         resnet, policy = self._deployed
         if isinstance(policy, PenaltyPolicy):

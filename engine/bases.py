@@ -91,15 +91,15 @@ def for_pixels(
     return replace(found, resnet=state, normalisation=config.normalisation)
 
 
-def read_for(config: Config, path: str | Path) -> Checkpoint:
+def read_for(config: Config, path: str | Path, pixels: Normalisation | None = None) -> Checkpoint:
     """Read a checkpoint of a model, and say so where it learned from other pixels.
 
-    A ResNet alone is changed for this model's; see `for_pixels`.
+    A ResNet alone is changed for this model's; see `for_pixels`, also for `pixels`.
     """
     found = read_model(config, path)
     tell_other_size(config, found)
     if found.policy is None and found.stage != 3:
-        return for_pixels(config, found)
+        return for_pixels(config, found, pixels)
     tell_other_pixels(config, found)
     return found
 

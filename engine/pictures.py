@@ -111,11 +111,22 @@ def decode_with_pillow(data: bytes) -> Tensor:
         turned = ImageOps.exif_transpose(picture)
         sixteen = turned.mode.startswith("I;16") or (turned.mode, picture.format) == ("I", "PPM")
         if sixteen:  # the upper byte, as of a PNG file
-            gray = np.asarray(turned).astype(np.int32) >> 8
-            turned = Image.fromarray(gray.astype(np.uint8))
+            bits, white_is_zero = tiff_kind(picture)
+            gray = np.asarray(turned).astype(np.int32) >> (bits - 8)
+            gray = gray.clip(0, 255).astype(np.uint8)
+            turned = Image.fromarray(255 - gray if white_is_zero else gray)
         elif turned.mode in ("I", "F"):
             raise ValueError("pixels of 32 bits, of which none is known to be white: save 8 or 16")
         return torch.from_numpy(np.array(turned.convert("RGB"))).permute(2, 0, 1)
+
+
+def tiff_kind(picture: Image.Image) -> tuple[int, bool]:
+    """Of a gray picture of more than 8 bits: how many, and whether 0 is white, as scanners have it,
+    neither of which Pillow takes into account.
+    """
+    tags = getattr(picture, "tag_v2", {})
+    bits, photometric = tags.get(258, 16), tags.get(262, 1)
+    return (bits[0] if isinstance(bits, tuple) else bits), photometric == 0
 
 
 PNG = b"\x89PNG"
@@ -255,6 +266,9 @@ def classes(path: Path) -> list[str]:
     found = [name for name in found if not is_hidden(name)]
     if not found:
         raise UserError(f"{path}: no folder of pictures, expected {path}/<class>/*.JPEG")
+    for name in found:
+        if not name.isprintable():
+            raise UserError(f"{path}: the folder {name!r} has no printable name: rename it")
     return found
 
 
@@ -287,6 +301,20 @@ def class_names(
     return listed
 
 
+def places_in(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those below it with their members, links followed; each once, since links may
+    lead in circles.
+    """
+    seen = set()
+    for place, folders, members in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield place, members
+
+
 def files_of(path: Path, names: Sequence[str]) -> list[tuple[str, int]]:
     """The pictures under path/<class>/ with their classes, numbered as in `names`.
 
@@ -300,7 +328,7 @@ def files_of(path: Path, names: Sequence[str]) -> list[tuple[str, int]]:
         if name not in found:
             continue
         before = len(files)
-        for place, _, members in sorted(os.walk(path / name, followlinks=True)):
+        for place, members in sorted(places_in(path / name)):
             inside = Path(place).relative_to(path).parts
             for member in sorted(members):
                 if any(map(is_hidden, (*inside, member))):
@@ -308,7 +336,7 @@ def files_of(path: Path, names: Sequence[str]) -> list[tuple[str, int]]:
                 ending = os.path.splitext(member)[1].lower()
                 if ending in ENDINGS:
                     files.append((os.path.join(place, member), label))
-                else:
+                elif not os.path.isdir(os.path.join(place, member)):
                     left_out[ending or member] += 1
         if len(files) == before:
             empty.append(name)

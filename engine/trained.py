@@ -44,7 +44,9 @@ class TrainedModel:
         self.device = device.pick(args.device)
         device.set_up(args.precision)
         device.tell_if_slow(self.device, args.precision)
-        found = bases.read_for(config, args.load) if args.load else Checkpoint()
+        found = Checkpoint()
+        if args.load:
+            found = bases.read_for(config, args.load, args.base_pixels)
         self.resnet, policy_net = models.build(args.model, config.num_classes)
         self.candidates = found.candidates
         self.brings_resnet = found.resnet is not None

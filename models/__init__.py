@@ -23,6 +23,7 @@ from .weights import (
     load_resnet,
     load_strictly,
     load_ungated,
+    our_names,
 )
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "load_strictly",
     "load_ungated",
     "names",
+    "our_names",
     "predict",
 ]
 

@@ -86,7 +86,7 @@ class Checkpoint:
         if not all(isinstance(name, str) for name in own.get("class_names", [])):
             del own["class_names"]
         policy = content.get("agent")
-        if policy is None and head_bias(content.get("net", {})) is not None:
+        if policy is None and is_state(net := content.get("net")) and head_bias(net) is not None:
             policy = content["net"]  # as older released files have it
         resnet = resnet_in(content, policy)
         stage = 0 if policy is None else 1 if resnet is None else 2

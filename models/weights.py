@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .aig import GatedResNet
@@ -12,6 +13,7 @@ from .resnet import ResNet
 State = Mapping[str, Tensor]
 
 STEM = "conv1.weight"
+FOLLOWERS = ("encoder_k.", "ema.", "ema_model.", "teacher.", "momentum_encoder.", "target.")
 CLASSIFIERS = ("fc.", "linear.")
 RENAMES = (
     (r"^layer(\d+)\.0\.(downsample|shortcut)\.", lambda m: f"ds.{int(m[1]) - 1}."),
@@ -31,8 +33,10 @@ def unwrapped(state: State, anchor: str = STEM) -> State:
     anchor: a tensor of the network itself. What lies elsewhere is left out, but for a classifier
     that stands beside its backbone.
     """
-    found = [name for name in state if f".{name}".endswith(f".{anchor}")]
-    prefix = min(found, key=len).removesuffix(anchor) if found else ""
+    found = [n.removesuffix(anchor) for n in state if f".{n}".endswith(f".{anchor}")]
+    # of a network and the copy that follows it, the network
+    first = [prefix for prefix in found if not any(copy in prefix for copy in FOLLOWERS)]
+    prefix = min(first or found, key=lambda prefix: (len(prefix), prefix), default="")
     if not prefix:
         return state
     inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
@@ -104,12 +108,13 @@ def for_pixels(
     """
     names = our_names(state)
     weight = names["conv1.weight"]
+    weight = weight.float() if weight.element_size() < 4 else weight
     (old_mean, old_std), (new_mean, new_std) = (
         weight.new_tensor(pixels)[:, :, None, None] for pixels in (old, new)
     )
     shift = weight * ((new_mean - old_mean) / old_std)
     names["conv1.weight"] = weight * (new_std / old_std)
-    names["bn1.running_mean"] = names["bn1.running_mean"] - shift.sum((1, 2, 3))
+    names["bn1.running_mean"] = names["bn1.running_mean"].to(shift) - shift.sum((1, 2, 3))
     return names
 
 
@@ -186,7 +191,9 @@ def load_strictly(module: nn.Module, state: State) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
             )
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} is sparse: save it as .to_dense()")
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ValueError(f"{name} is not finite: the training that wrote it has failed")
     module.load_state_dict(state)
 

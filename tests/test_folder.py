@@ -105,3 +105,15 @@ def test_published_flops_of_resnet_101():
     kept = fixed + per_block[starts].sum().item() + (24.77 - 4) * mean
     kept += utils.count_flops(policy_net, size)
     assert kept == pytest.approx(1.25e10, rel=0.03)
+
+
+@pytest.mark.parametrize("head", ["fc.weight", "fc.0.weight"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.encoder_q."])
+def test_a_base_of_other_classes_starts_wrapped_as_well(run, common, tmp_path, prefix, head):
+    """The classifier is new anyway, whatever stood there."""
+    state = dict(models.build("R18_Folder", 7)[0].state_dict())
+    state[head] = state.pop("fc.weight")
+    torch.save({"state_dict": {prefix + n: t for n, t in state.items()}}, tmp_path / "x.pth")
+    status, _, err = run("pretrain", *common, "--batch_size", 12, "--max_epochs", 1, "--pretrained",
+                         tmp_path / "x.pth", "--cv_dir", tmp_path / "run")  # fmt: skip
+    assert status == 0, err

@@ -198,3 +198,19 @@ def test_other_shapes_are_refused(images):
     net = Classifier(resnet, policy, models.config("R14_C10")).eval()
     with pytest.raises(ValueError, match=r"\(6, 32, 32, 3\), not \(B, 3, H, W\)"):
         net(images.permute(0, 2, 3, 1))
+
+
+def test_integers_that_are_no_bytes_are_refused(images, hub):
+    net = hub.R32_C10()
+    for dtype in (torch.int64, torch.int32, torch.bool):
+        with pytest.raises(ValueError, match="not uint8 or float in"):
+            net(images.to(dtype))
+
+
+def test_a_classifier_works_in_inference_mode(hub, images):
+    expected = hub.R32_C10()(images)
+    with torch.inference_mode():
+        made_inside = hub.R32_C10()
+        torch.testing.assert_close(made_inside(images), expected)
+        torch.testing.assert_close(made_inside.double()(images), expected, check_dtype=False,
+                                   rtol=1e-4, atol=1e-4)  # fmt: skip

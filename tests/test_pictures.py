@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -255,3 +257,48 @@ def test_cifars_checkpoints_name_their_classes(stage_1):
         engine.data.DATA_SETS["CIFAR100"].classes == list(models.config("R32_C100").class_names)
         or tuple(engine.data.DATA_SETS["CIFAR100"].classes) == models.config("R32_C100").class_names
     )
+
+
+def test_links_in_circles_count_once(tmp_path, capsys):
+    write(tmp_path / "a", RED)
+    write(tmp_path / "a" / "more", GREEN, 2)
+    (tmp_path / "a" / "self").symlink_to(".")
+    (tmp_path / "a" / "more" / "up").symlink_to("..")
+    (tmp_path / "a" / "again").symlink_to("more")
+    elsewhere = tmp_path / "elsewhere"
+    write(elsewhere, BLUE, 4)
+    (tmp_path / "a" / "linked").symlink_to(elsewhere)
+    assert len(pictures.files_of(tmp_path / ".", ["a", "elsewhere"])) == 3 + 2 + 4 + 4
+    assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits, white_is_zero", [(16, False), (16, True), (12, False)])
+def test_scanners_pictures_are_neither_dark_nor_negatives(tmp_path, bits, white_is_zero):
+    """Pillow tells neither of 12 bits nor that 0 is white."""
+    ramp = np.linspace(0, 2**bits - 1, 64).astype(np.uint16)
+    stored = 2**bits - 1 - ramp if white_is_zero else ramp
+    rows = np.broadcast_to(stored, (48, 64)).astype("<u2")
+    tags = [(256, 4, 64), (257, 4, 48), (258, 3, bits), (259, 3, 1),
+            (262, 3, int(not white_is_zero)), (273, 4, 8), (277, 3, 1), (278, 4, 48)]  # fmt: skip
+    data = rows.tobytes() if bits == 16 else packed_12(rows)
+    tags.append((279, 4, len(data)))
+    content = struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags))
+    for tag, kind, value in tags:
+        content += struct.pack("<HHII", tag, kind, 1, value)
+    (tmp_path / "x.tif").write_bytes(content + bytes(4))
+    found = decoded(tmp_path / "x.tif")[0, :, 0].astype(int)
+    assert abs(found - np.linspace(0, 255, 64)).max() <= 1.5
+
+
+def packed_12(rows):
+    """Rows of 12-bit numbers as TIFF packs them: two in three bytes, high bits first."""
+    first, second = rows[:, ::2].astype(int), rows[:, 1::2].astype(int)
+    parts = (first >> 4, (first & 15) << 4 | second >> 8, second & 255)
+    return np.stack(parts, -1).astype(np.uint8).tobytes()
+
+
+def test_a_folder_without_a_printable_name_is_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    os.makedirs(os.fsencode(tmp_path / "train") + b"/caf\xe9")
+    with pytest.raises(UserError, match="no printable name: rename it"):
+        pictures.classes(tmp_path / "train")

@@ -3,6 +3,7 @@
 import collections
 import copy
 import io
+import json
 import pickle
 import re
 import struct
@@ -454,3 +455,60 @@ def test_the_pixels_of_a_foreign_base_are_told_by_an_option(tmp_path):
     for wrong in wrongs:
         with pytest.raises(ArgumentTypeError, match="is not imagenet, none or R,G,B/R,G,B"):
             engine.options.normalisation(wrong)
+
+
+def test_of_a_network_and_its_follower_the_network_is_taken(tmp_path):
+    """In whatever order they stand: safetensors sorts names."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    source, other = models.build(TINY)[0], models.build(TINY)[0]
+    for first, second in (("module.encoder_q", "module.encoder_k"), ("model", "ema"),
+                          ("student.net", "teacher")):  # fmt: skip
+        state = {f"{second}.{n}": t.clone() for n, t in other.state_dict().items()}
+        state |= {f"{first}.{n}": t.clone() for n, t in source.state_dict().items()}
+        save_file(state, tmp_path / "x.safetensors")
+        target, _ = models.build(TINY)
+        bases.read_for(models.config(TINY), tmp_path / "x.safetensors").load_into(target)
+        assert same_output(source, target)
+
+
+def test_pixels_are_told_of_a_resnet_under_load_as_well(tmp_path, run, common):
+    torch.manual_seed(0)
+    torch.save(models.build(TINY)[0].state_dict(), tmp_path / "x.pth")
+    figures = []
+    for option in ("--base", "--load"):
+        path = tmp_path / f"{option}.json"
+        given = [option, tmp_path / "x.pth", "--base_pixels", "imagenet", "--json", path]
+        assert run("test", *common, *given)[0] == 0
+        figures.append(json.loads(path.read_text()))
+    for name in ("accuracy", "flops"):
+        assert figures[0][name] == figures[1][name]
+    plain = tmp_path / "plain.json"
+    assert run("test", *common, "--load", tmp_path / "x.pth", "--json", plain)[0] == 0
+
+
+def test_sparse_weights_are_named(tmp_path, run, common):
+    state = dict(models.build(TINY)[0].state_dict())
+    state["blocks.1.0.conv2.weight"] = state["blocks.1.0.conv2.weight"].to_sparse()
+    torch.save(state, tmp_path / "x.pth")
+    status, _, err = run("test", *common, "--base", tmp_path / "x.pth")
+    assert status == 2 and "blocks.1.0.conv2.weight is sparse: save it as .to_dense()" in err
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+def test_pixels_are_converted_in_float32_at_least(dtype):
+    state = {n: t.to(dtype) for n, t in models.build(TINY)[0].state_dict().items()}
+    told = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)), ((0.0,) * 3, (1.0,) * 3)
+    found = models.for_pixels(state, *told)
+    expected = models.for_pixels({n: t.double() for n, t in state.items()}, *told)
+    for name in ("conv1.weight", "bn1.running_mean"):
+        torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_name_may_stand_where_this_code_has_a_network(tmp_path):
+    source, target = models.build(TINY)[0], models.build(TINY)[0]
+    content = {"state_dict": source.state_dict(), "net": "resnet14", "acc": 92.9}
+    torch.save(content, tmp_path / "x.pth")
+    bases.read_for(models.config(TINY), tmp_path / "x.pth").load_into(target)
+    assert same_output(source, target)
