@@ -55,18 +55,21 @@ class Classifier(nn.Module):
     def _networks(self) -> tuple[nn.Module, nn.Module | None]:
         if self.training:
             return self.resnet, self.policy_module
-        changes = sum(map(attrgetter("_version"), self._tensors))
-        if self._deployed is None or changes != self._changes:
+        if self._deployed is None or self._versions() != self._changes:
             dtype = next(self.resnet.parameters()).dtype
             self._deployed = deploy(self.resnet, self.policy_module, dtype)
             every = (*self.parameters(), *self.buffers())
             # one that was made in inference mode has no version, and cannot be changed outside
             self._tensors = [tensor for tensor in every if not tensor.is_inference()]
-            self._changes = sum(map(attrgetter("_version"), self._tensors))
+            self._changes = self._versions()
         resnet, policy = self._deployed
         if isinstance(policy, PenaltyPolicy):
             policy.penalty = self.policy_module.penalty
         return resnet, policy
+
+    def _versions(self) -> int:
+        """A number that grows whenever a weight changes in place."""
+        return sum(map(attrgetter("_version"), self._tensors))
 
     def _forget(self) -> None:
         """What follows may change the weights."""

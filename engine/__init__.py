@@ -24,8 +24,8 @@ __all__ = [
     "Shard",
     "TrainedModel",
     "UserError",
+    "bases",
     "candidates",
-    "storage",
     "data",
     "dependence",
     "device",
@@ -36,6 +36,6 @@ __all__ = [
     "run_script",
     "schedule",
     "seed_everything",
+    "storage",
     "user_errors",
-    "bases",
 ]
