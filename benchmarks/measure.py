@@ -6,7 +6,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -94,10 +95,30 @@ def processor() -> str:
         return platform.processor() or "unknown"
 
 
-def random_policies(batch: int, num_blocks: int, keep: int, device: torch.device) -> Tensor:
-    """(B, K) policies that each keep `keep` blocks, chosen at random for every image."""
+def random_policies(
+    batch: int, num_blocks: int, keep: float, device: torch.device, deviation: float = 0
+) -> Tensor:
+    """(B, K) policies that keep `keep` blocks, chosen at random for every image; in the mean, with
+    a standard deviation among images.
+    """
     order = torch.rand(batch, num_blocks, device=device).argsort(1)
-    return (order < keep).float()
+    number = keep + deviation * torch.randn(batch, 1, device=device)
+    return (order < number.round()).float()
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Inside, so many other processes keep a core busy each."""
+    count = [sys.executable, "-c", "while True: pass"]
+    started = [subprocess.Popen(count) for _ in range(processes)]
+    try:
+        if started:
+            time.sleep(0.5)  # until they have come up
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def under(policies: Tensor, run: Callable, x: Tensor, decide: Callable | None = None) -> Callable:

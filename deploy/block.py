@@ -5,6 +5,7 @@ one where the backend has such a kernel (oneDNN on the CPU). A block writes over
 it, so the others are not touched.
 """
 
+import math
 from collections.abc import Container
 from copy import deepcopy
 from functools import cache
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models import capabilities
-from models.execution import as_images, as_rows
+from models.execution import as_images, as_rows, neighbours
 from models.resnet import FREE_SHORTCUTS, BasicBlock, Bottleneck
 
 # oneDNN orders weights for the batch that they will meet. With AVX2 an order for one image is up to
@@ -50,6 +51,11 @@ def count_flops() -> None:
     flop_counter.register_flop_formula(ops._convolution_pointwise_)(in_place)
 
 
+# Multiply-adds of a block on one image from which to copy it costs more than to call kernels more
+# often: kept images then run where they are, neighbours together.
+IN_PLACE = 30e6
+
+
 class Conv:
     """A convolution with its BatchNorm folded in, and what follows it in a residual network."""
 
@@ -64,7 +70,6 @@ class Conv:
         if self.onednn:
             count_flops()
         self.packed: dict[tuple[int, ...], Tensor] = {}
-        self.threads = 0
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "packed": {}}  # which cannot be copied, and is made anew
@@ -74,15 +79,13 @@ class Conv:
 
         A packing holds for one number of threads as well: another costs a reordering a call.
         """
-        threads = torch.get_num_threads()
-        if threads != self.threads:
-            self.packed, self.threads = {}, threads
         size = (1 if len(x) == 1 else PACKED_BATCH, *x.shape[1:])
-        if size not in self.packed:
-            self.packed[size] = torch.ops.mkldnn._reorder_convolution_weight(
+        kind = (torch.get_num_threads(), *size)
+        if kind not in self.packed:
+            self.packed[kind] = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, *self.geometry, size
             )
-        return self.packed[size]
+        return self.packed[kind]
 
     def plain(self, x: Tensor) -> Tensor:
         if self.onednn:
@@ -157,6 +160,11 @@ class Block:
             Conv(getattr(branch, f"conv{i}"), getattr(branch, f"bn{i}"), dtype)
             for i in range(1, count + 1)
         ]
+        # multiply-adds a pixel of the input, and pixels of the output for each of these
+        self.work, self.shrinks = 0.0, 1.0
+        for conv in self.convs:
+            self.shrinks /= math.prod(conv.geometry[1])
+            self.work += self.shrinks * conv.weight.numel()
         self.is_identity = isinstance(shortcut, nn.Identity)
         self.shortcut = shortcut
         if isinstance(shortcut, nn.Sequential):
@@ -179,6 +187,10 @@ class Block:
             x, shortcut = x[-rest:], shortcut[-rest:]
         self.run(x, shortcut)
 
+    def in_place(self, x: Tensor) -> bool:
+        """Whether images of this size are run where they are; see IN_PLACE."""
+        return x.device.type == "cpu" and self.work * x[0, 0].numel() >= IN_PLACE
+
     def full(self, x: Tensor) -> Tensor:
         return self.run(x, x if self.is_identity else self.shortcut(x))
 
@@ -198,6 +210,12 @@ class Block:
         out = batch if self.is_identity else Batch(self.shortcut(batch.images))
         if len(rows) == len(batch.images):
             self.run(batch.images, out.images)
+            return out
+        if self.in_place(batch.images):
+            for span in neighbours(rows.tolist() if isinstance(rows, Tensor) else rows):
+                self.run(batch.images[span], out.images[span])
+            if relu_dropped and not self.is_identity:
+                out.images.relu_()
             return out
         shortcut = out.gather(rows)
         kept = shortcut if self.is_identity else batch.gather(rows)

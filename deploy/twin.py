@@ -23,6 +23,7 @@ from models import (
 )
 from models.aig import CLOSED, OPEN, Gate
 
+from . import parts
 from .block import Batch, Block, Conv, refuse_unknown
 
 # Images that pass through the network together on a CPU: few make the overhead of a call weigh,
@@ -113,6 +114,11 @@ class DeployedResNet(Twin):
         self.conv1 = Conv(resnet.conv1, resnet.bn1, dtype)
         self.pool = resnet.stem_pool
         self.blocks = [Block(branch, shortcut, dtype) for branch, shortcut in resnet.units()]
+        area, costs = 1.0, []  # of a block's input, in parts of the first one's
+        for block in self.blocks:
+            costs.append(area * block.work)
+            area *= block.shrinks
+        self.block_costs = torch.tensor(costs)
         self.fc = None
         if resnet.fc is not None:
             self.fc = linear(resnet.fc, self.wide)
@@ -122,11 +128,30 @@ class DeployedResNet(Twin):
         """As `ResNet.forward`; policy None, (B, K) or (P, B, K)."""
         if policy is not None:
             execution.check(policy, len(x), self.num_blocks)
+        if policy is None:
+            return parts.evenly(lambda part: (self.part(part),), x)[0]
+        number = parts.count(x)
+        if number == 1:
+            return self.part(x, policy)
+        shares = parts.balanced(self.costs(policy), number)
+        calls = [partial(self.share, x, policy, rows) for rows in shares]
+        return torch.cat(parts.run(calls), dim=-2)[..., torch.cat(shares).argsort(), :]
+
+    def costs(self, policy: Tensor) -> Tensor:
+        """What each image costs under its policy (B, K), or policies (P, B, K): (B,)."""
+        cost = policy.bool().to(self.block_costs.dtype) @ self.block_costs
+        return cost if policy.ndim == 2 else cost.sum(0)
+
+    def share(self, x: Tensor, policy: Tensor, rows: Tensor) -> Tensor:
+        return self.part(x[rows], policy[..., rows, :])
+
+    def part(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
+        """`forward` in this thread."""
         size = CPU_CHUNK if x.device.type == "cpu" else len(x)
         if policy is None:
             return torch.cat([self.head(self.full(self.stem(part))) for part in x.split(size)])
-        parts = zip(x.split(size), policy.split(size, dim=-2), strict=True)
-        return torch.cat([self.chunk(part, rows) for part, rows in parts], dim=-2)
+        pieces = zip(x.split(size), policy.split(size, dim=-2), strict=True)
+        return torch.cat([self.chunk(part, rows) for part, rows in pieces], dim=-2)
 
     def chunk(self, x: Tensor, policy: Tensor) -> Tensor:
         x = self.stem(x)
@@ -207,7 +232,7 @@ class DeployedPolicyNet(Twin):
     @inference
     def look(self, x: Tensor) -> Tensor:
         """As `PolicyNet.look`."""
-        return self.features(self.shrink(x))
+        return parts.evenly(lambda part: (self.features.part(self.shrink(part)),), x)[0]
 
 
 class DeployedPenaltyPolicy(PenaltyPolicy):
@@ -263,6 +288,10 @@ class DeployedGatedResNet(Twin):
     @inference
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `GatedResNet.forward` in evaluation mode; returns logits and gates (B, K)."""
+        return parts.evenly(self.part, x)
+
+    def part(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` in this thread."""
         size = CPU_CHUNK if x.device.type == "cpu" else len(x)
         logits, gates = zip(*(self.chunk(part) for part in x.split(size)), strict=True)
         return torch.cat(logits), torch.cat(gates)

@@ -92,6 +92,13 @@ def kept_spans(policy: Tensor, counts: list[int]) -> list[range | None]:
     return [range(i, j) if j - i == count else None for i, j, count in limits]
 
 
+def neighbours(rows: Sequence[int]) -> list[slice]:
+    """Rising rows, as slices of those that follow one another."""
+    starts = [i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1]
+    stops = [*starts[1:], len(rows)]
+    return [slice(rows[i], rows[j - 1] + 1) for i, j in zip(starts, stops, strict=True)]
+
+
 def nested_order(policy: Tensor) -> Tensor | None:
     """An order of the images (B,) in which those that keep a block come first; policy: (B, K).
 
