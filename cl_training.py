@@ -174,7 +174,7 @@ def main() -> None:
             run.place(confidence)
             learner = models.WithConfidence(policy_net, confidence)
             heads = {"correctness": confidence}  # the file's name for it
-        learner = run.wrap(learner)
+        learner = run.wrap(learner, drops=confidence is not None)  # after the warm start
         optimizer = torch.optim.Adam(learner.parameters(), args.lr, weight_decay=args.wd)
         run.restore(agent=policy_net, **heads, optimizer=optimizer)
         if args.policy_size not in (None, policy_net.size):

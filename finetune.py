@@ -197,7 +197,7 @@ def main() -> None:
         if policy_learns:
             learned += policy_net.parameters()
             policy_learner = run.wrap(policy_net)
-        resnet_learner = run.wrap(resnet)
+        resnet_learner = run.wrap(resnet, drops=True)
         optimizers = {}
         if learned:
             optimizers["optimizer"] = torch.optim.Adam(learned, args.lr, weight_decay=args.wd)

@@ -109,7 +109,7 @@ def iree(file: Path) -> Call:
     target.append("--iree-llvmcpu-target-cpu=host")
     command(programs / "iree-compile", graph, "-o", compiled, *target)
     module = iree.runtime.load_vm_flatbuffer_file(str(compiled), driver="local-task")
-    (name,) = (n for n in module.vm_module.function_names if not n.startswith("__"))
+    name = next(n for n in module.vm_module.function_names if n[0] != "_" and "$" not in n)
     run = getattr(module, name)
     return lambda image: [part.to_host() for part in run(image)]
 
@@ -132,7 +132,10 @@ def litert(file: Path) -> Call:
     """By onnx2tf, which writes over the file that it is given."""
     from ai_edge_litert.interpreter import Interpreter
 
-    options = ["-i", file, "-o", file.parent / "tf", "-nuo", "-nuonag", "-kat", "image", "-n"]
+    # pictures that it would fetch from GitHub to compare its layers with ONNX's
+    samples = np.zeros((20, 128, 128, 3), np.float32)
+    np.save(file.parent / "calibration_image_sample_data_20x128x128x3_float32.npy", samples)
+    options = ["-i", file, "-o", file.parent / "tf", "-kat", "image", "-n"]
     command(Path(sys.executable).parent / "onnx2tf", *options)
     network = Interpreter(str(next((file.parent / "tf").glob("*_float32.tflite"))))
     network.allocate_tensors()
@@ -162,7 +165,8 @@ def tinygrad(file: Path) -> Call:
 
 def emx_onnx_cgen(file: Path) -> Call:
     source, library = file.with_suffix(".c"), file.with_suffix(".so")
-    command(Path(sys.executable).parent / "emx-onnx-cgen", "compile", file, source)
+    compiler = [Path(sys.executable).parent / "emx-onnx-cgen", "compile"]
+    command(*compiler, "--large-weight-threshold", "0", file, source)  # weights in the source
     command("gcc", "-O3", "-march=native", "-shared", "-fPIC", source, "-o", library, "-lm")
     run = ctypes.CDLL(str(library)).model
     with np.load(file.parent / "asked.npz") as asked:
@@ -301,7 +305,8 @@ def seconds(call: Call, image: np.ndarray) -> float:
 
 def reason(error: BaseException) -> str:
     """The line of an error that says most: the last that speaks of one, without paths."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    text = str(error).partition("Stack backtrace")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [repr(error)]
     told = [line for line in lines if "error" in line.lower() or "unsupported" in line.lower()]
     return f"{type(error).__name__}: {(told or lines)[-1][:200]}"
 

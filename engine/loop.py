@@ -1,6 +1,8 @@
 """Batches of training and what is done with their losses; evaluations; what each image got."""
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -20,6 +22,7 @@ Network = Callable[[Tensor, Tensor], Tensor]  # images and policies to logits
 TestStep = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
+STEPS_OF_PACE, SLOWED_DOWN = 9, 3  # steps whose median is compared with the best such median
 LOOKED_AT = 500  # images of a quick look at a ResNet
 SECONDS_BETWEEN_LOOKS = 1.0  # at the figures in the bar
 SHOWN = {"correct": "acc", "reward": "reward", "policy": "blocks", "loss": "loss"}
@@ -113,6 +116,30 @@ def mean(name: str, batches: list[Tensor]) -> Tensor:
     """What the bar shows: the mean over the last batches, blocks counted a policy at a time."""
     recent = torch.cat(batches[-20:]).float()
     return (recent.sum(1) if name == "policy" else recent).mean()
+
+
+class Pace:
+    """How fast steps follow one another."""
+
+    def __init__(self):
+        self.last: float | None = None
+        self.seconds: deque[float] = deque(maxlen=STEPS_OF_PACE)
+        self.best, self.told = float("inf"), False
+
+    def fell(self) -> bool:
+        """Whether the last steps took SLOWED_DOWN times as long as the fastest as many did; true
+        once. To be asked after each step.
+        """
+        now = time.perf_counter()
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        self.last = now
+        if self.told or len(self.seconds) < STEPS_OF_PACE:
+            return False
+        typical = statistics.median(self.seconds)
+        self.best = min(self.best, typical)
+        self.told = typical > SLOWED_DOWN * self.best
+        return self.told
 
 
 class Training:

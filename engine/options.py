@@ -188,7 +188,11 @@ def add_training(
     add("--cv_dir", help=f"where checkpoints and logs go (default: that of --load, or {cv_dir})")
     add("--batch_size", type=count, default=256, help="images a step")
     add("--max_epochs", type=count, default=max_epochs, help="epochs in all, resumed ones included")
-    add("--parallel", action="store_true", help="use all GPUs of this machine, as torchrun would")
+    add(
+        "--parallel",
+        action="store_true",
+        help="use all GPUs of this machine, or without one a process a core, as torchrun would",
+    )
     add("--sync_bn", action="store_true", help="BatchNorm over the images of all GPUs")
     add(
         "--deterministic",

@@ -17,16 +17,20 @@ from .process import UserError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets
 
+# What a process without a GPU has of a batch at least: BatchNorm sees these alone.
+IMAGES_A_PROCESS = 32
+
 # The same processes under gloo: for waits that NCCL would end after ten minutes, and for what is on
 # the host, which would go to the GPU and back and wait for all that it has to do.
 _patient: dist.ProcessGroup | None = None
 
 
-def start(parallel: bool = False, device: str | None = None) -> None:
+def start(parallel: bool = False, device: str | None = None, batch_size: int = 0) -> None:
     """Join the other processes that torchrun started, NCCL on GPUs and gloo on CPUs.
 
     `device` is what --device names; "cpu" keeps GPUs out.
-    With `parallel` and without torchrun, start anew with one process for each GPU of this machine.
+    With `parallel` and without torchrun, start anew with one process for each GPU of this machine,
+    or without GPUs for each core, of whose kernels none waits for another process at work there.
     """
     global _patient
     on_gpus = capabilities.gpu() and device != "cpu"
@@ -41,11 +45,21 @@ def start(parallel: bool = False, device: str | None = None) -> None:
                 pick_own_gpu()
             dist.init_process_group("nccl" if on_gpus else "gloo")
             _patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-    elif parallel and on_gpus and torch.cuda.device_count() > 1:
+    elif parallel and (processes := worth_starting(on_gpus, batch_size)) > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        processes = f"--nproc_per_node={torch.cuda.device_count()}"
+        if not on_gpus:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, capabilities.cpus() // processes))
+            # DistributedDataParallel's warnings of `drops` in `wrap`
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         sys.stdout.flush()
-        os.execv(sys.executable, [*torchrun, processes, *sys.argv])
+        os.execv(sys.executable, [*torchrun, f"--nproc_per_node={processes}", *sys.argv])
+
+
+def worth_starting(on_gpus: bool, batch_size: int) -> int:
+    """How many processes to share batches of this size among."""
+    if on_gpus:
+        return torch.cuda.device_count()
+    return min(capabilities.cpus(), batch_size // IMAGES_A_PROCESS)
 
 
 def refuse_several(script: str) -> None:
@@ -141,9 +155,11 @@ class Total(torch.autograd.Function):
         return Total.forward(ctx, gradient)
 
 
-def wrap(module: nn.Module, sync_bn: bool = False) -> nn.Module:
+def wrap(module: nn.Module, sync_bn: bool = False, drops: bool = False) -> nn.Module:
     """The module with its gradients averaged over all ranks; as it is where there is one.
 
+    drops: whether some step may leave a parameter out, as where no image of a rank keeps a block.
+    DistributedDataParallel then looks for such ones at each step, and warns where it finds none.
     Raises UserError for `sync_bn` on CPUs, where torch has no synchronised BatchNorm.
     """
     if world() == 1:
@@ -153,8 +169,7 @@ def wrap(module: nn.Module, sync_bn: bool = False) -> nn.Module:
         if device.type != "cuda":
             raise UserError("--sync_bn needs GPUs: torch synchronises BatchNorm only there")
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    # a rank may have no image that keeps some block
-    wrapped = DistributedDataParallel(module, find_unused_parameters=True)
+    wrapped = DistributedDataParallel(module, find_unused_parameters=drops)
     wrapped.broadcast_buffers = False  # they are shared once an epoch; the argument is deprecated
     return wrapped
 

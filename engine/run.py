@@ -44,7 +44,7 @@ class Run:
         self, args: argparse.Namespace, stage: int, config: Config, cv_dir: str | Path = "cv/tmp/"
     ):
         self.args, self.stage, self.config = args, stage, config
-        ranks.start(args.parallel, args.device)
+        ranks.start(args.parallel, args.device, args.batch_size)
         self.device = device.pick(args.device)
         device.set_up(args.precision, args.deterministic)
         if ranks.is_main():
@@ -58,7 +58,7 @@ class Run:
         self.extras: dict[str, Any] = self.plan.extras()
         self.training: loop.Training | None = None
         self._autocast = device.autocast(self.device, args.precision)
-        self.saved = time.monotonic()
+        self.saved, self.pace = time.monotonic(), loop.Pace()
         self.logs = Logs(self.cv_dir, args)
         self.lock = claim(self.cv_dir) if ranks.is_main() else None
         for text in self.plan.notes:
@@ -101,12 +101,12 @@ class Run:
         for network in networks:
             device.place(network, self.device)
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, drops: bool = False) -> nn.Module:
         """A module whose gradients are averaged over all ranks; see `engine.ranks.wrap`."""
         if self.args.sync_bn and ranks.world() > 1 and hasattr(module, "execution"):
             # every rank has to come to every BatchNorm, also where its images drop the block
             module.execution = "masked"
-        self.wrapped.append(ranks.wrap(module, self.args.sync_bn))
+        self.wrapped.append(ranks.wrap(module, self.args.sync_bn, drops))
         return self.wrapped[-1]
 
     def restore(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
@@ -163,7 +163,10 @@ class Run:
         (n, 3, H, W), labels (n,) and the shard that they are; see `loop.Training.batches`.
         """
         with process.patiently():
-            yield from self.training.batches(loader, self.epoch, self.steps_done, self.partial)
+            batches = self.training.batches(loader, self.epoch, self.steps_done, self.partial)
+            for batch in batches:
+                yield batch
+                self._tell_if_slowed_down()
             ranks.share_buffers(self.wrapped)
             self.steps_done, self.partial = len(loader), self.results.final
             self.is_trained = True
@@ -204,6 +207,16 @@ class Run:
             self.logs.metrics["damaged_images"] = len(damaged)
             what = f"{len(damaged)} pictures" if len(damaged) > 1 else "a picture"
             self.note(f"{what} cannot be read and another stood in: {damaged[0]}")
+
+    def _tell_if_slowed_down(self) -> None:
+        """Say once where other work on this machine holds the kernels' threads up."""
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu" and threads > 1 and self.pace.fell():
+            self.note(
+                f"steps take over {loop.SLOWED_DOWN} times as long as they did: other work on this "
+                f"machine holds up kernels of {threads} threads. --parallel --resume goes on in "
+                "processes of one thread each, which it slows down less"
+            )
 
     def _save_if_due(self, steps_done: int) -> None:
         """Write last.t7 every so many minutes, and before a stop that was asked for."""

@@ -31,7 +31,7 @@ class PolicyNet(nn.Module):
         self.features = features
         self.num_blocks = num_blocks
         self.logit = nn.Linear(features.num_features, num_blocks)
-        self.vnet = nn.Linear(features.num_features, 1)
+        self.vnet = nn.Linear(features.num_features, 1).requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, 3, H, W). Returns probs (B, K) in (0, 1), float32 or wider, and value (B, 1)."""

@@ -84,7 +84,7 @@ def main(micro_batch, path):
     for name, (networks, make_step) in stages.items():
         data, recorder = loader(spec, training=True), Recorder(*networks)
         data.epoch = double(data.epoch)
-        wrapped = [ranks.wrap(network) for network in networks]
+        wrapped = [ranks.wrap(n, drops=isinstance(n, models.ResNet)) for n in networks]
         pieces = None if name == "aig" else micro_batch
         training = loop.Training(wrapped, [recorder], micro_batch=pieces)
         step = make_step(*wrapped)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from engine import storage
+from engine import loop, ranks, storage
 
 ROOT = storage.ROOT
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -81,6 +81,59 @@ def test_the_scripts_run_under_torchrun(cifar_dir, base_file, tmp_path):
         figures[processes] = json.loads(path.read_text())
         figures[processes].pop("images_per_second")
     assert figures[1] == figures[2] and figures[1]["images"] == 40
+
+
+@pytest.mark.parametrize("cores, batch_size, processes, threads", [
+    (8, 256, 8, "1"), (8, 64, 2, "4"), (6, 128, 4, "1"), (1, 128, 1, None), (8, 32, 1, None),
+])  # fmt: skip
+def test_parallel_without_a_gpu_is_a_process_a_core(
+    cores, batch_size, processes, threads, monkeypatch
+):
+    """Of enough images each; their cores are shared out."""
+    started = []
+    monkeypatch.setattr(ranks.capabilities, "gpu", lambda: False)
+    monkeypatch.setattr(ranks.capabilities, "cpus", lambda: cores)
+    monkeypatch.setattr(ranks.os, "execv", lambda program, command: started.append(command))
+    monkeypatch.setattr(sys, "argv", ["cl_training.py", "--parallel"])
+    for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):  # as they were, afterwards
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    ranks.start(True, None, batch_size)
+    if processes == 1:
+        assert not started
+        return
+    assert started[0][-3:] == [f"--nproc_per_node={processes}", "cl_training.py", "--parallel"]
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+def test_parallel_without_a_gpu_trains_and_says_it_once(cifar_dir, base_file, tmp_path):
+    options = ["--model", "R14_C10", "--data_dir", cifar_dir, "--skip_data_check", "--base",
+               base_file, "--batch_size", 64, "--max_epochs", 1, "--parallel", "--device", "cpu",
+               "--cv_dir", tmp_path]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "cl_training.py", *map(str, options)],
+        check=True, capture_output=True, text=True, env=ENV, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.count("E: 1 | ") == done.stdout.count("TS - ") == 1
+    assert "Warning" not in done.stderr, done.stderr
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_pace_that_fell_is_told_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    pace = loop.Pace()
+
+    def steps(seconds, count):
+        told = 0
+        for _ in range(count):
+            now[0] += seconds
+            told += pace.fell()
+        return told
+
+    assert steps(1.0, 50) == 0 and steps(60.0, 1) == 0  # an evaluation between two epochs
+    assert steps(2.9, 50) == 0
+    assert steps(3.1, 50) == 1 and steps(9.0, 50) == 0
 
 
 def test_synchronised_batchnorm_is_refused_on_cpus(cifar_dir, base_file, tmp_path):
