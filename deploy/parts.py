@@ -2,7 +2,8 @@
 
 A kernel that all threads share ends when the last of them has come. Where another process takes a
 core, each of a network's hundreds of kernels waits for a thread that is not running; parts wait
-for one another once a batch.
+for one another once a batch. Whatever can belongs inside a part: after a kernel of all threads
+OpenMP's others wait for the next by spinning, on cores that parts then lack for milliseconds.
 """
 
 import os

@@ -139,7 +139,7 @@ class DeployedResNet(Twin):
 
     def costs(self, policy: Tensor) -> Tensor:
         """What each image costs under its policy (B, K), or policies (P, B, K): (B,)."""
-        cost = policy.bool().to(self.block_costs.dtype) @ self.block_costs
+        cost = (policy.bool() * self.block_costs).sum(-1)
         return cost if policy.ndim == 2 else cost.sum(0)
 
     def share(self, x: Tensor, policy: Tensor, rows: Tensor) -> Tensor:
@@ -225,7 +225,11 @@ class DeployedPolicyNet(Twin):
     @inference
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `PolicyNet.forward`."""
-        x = self.look(x)
+        return parts.evenly(self.part, x)
+
+    def part(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` in this thread."""
+        x = self.features.part(self.shrink(x))
         with torch.autocast(x.device.type, enabled=False):
             return torch.sigmoid(F.linear(x, *self.logit)), F.linear(x, *self.vnet)
 
@@ -242,6 +246,10 @@ class DeployedPenaltyPolicy(PenaltyPolicy):
         policy_net = DeployedPolicyNet(policy.policy_net, dtype)
         confidence = deepcopy(policy.confidence).to(policy_net.features.wide)
         super().__init__(policy_net, confidence, policy.penalty)
+
+    @inference
+    def forward(self, x: Tensor) -> Tensor:
+        return parts.evenly(lambda part: (PenaltyPolicy.forward(self, part),), x)[0]
 
     @inference
     def choose(self, features: Tensor) -> Tensor:
