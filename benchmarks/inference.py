@@ -63,6 +63,7 @@ def parse_args():
     add("--precisions", choices=DTYPES, nargs="+", default=["fp32", "bf16"])
     add("--repeats", type=options.count, default=30, help="rounds of all contenders")
     add("--budget", type=options.positive, default=60.0, help="seconds a batch size and precision")
+    add("--only", default="", metavar="WORD", help="contenders with this in their name alone")
     add("--no_compile", action="store_true", help="leave torch.compile out")
     add("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
@@ -218,6 +219,9 @@ def rows_of(resnet, policy, config, policies, x, precision, args) -> list[dict]:
         calls = gated_contenders(resnet, x, policies, precision)
     else:
         calls = contenders(resnet, policy, x, policies, precision, args)
+    calls = {name: call for name, call in calls.items() if args.only in name}
+    if "full, deployed" not in calls:
+        raise engine.UserError(f"--only {args.only} leaves nothing to compare with: try deployed")
     size = (3, config.image_size, config.image_size)
     fixed, per_block = utils.block_flops(resnet.resnet if config.gated else resnet, size)
     full = fixed + per_block.sum().item()
@@ -234,7 +238,7 @@ def rows_of(resnet, policy, config, policies, x, precision, args) -> list[dict]:
         for name, value in seconds.items():
             flops = kept if "ours" in name else full
             flops += decision if "with" in name else 0
-            reference = deployed if "deployed" in name else seconds["full, eager"]
+            reference = deployed if "deployed" in name else seconds.get("full, eager", best_full)
             rows.append(
                 {
                     "busy": processes,

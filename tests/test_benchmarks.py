@@ -50,7 +50,7 @@ def test_contenders_run_under_one_policy_after_the_other(inference, monkeypatch)
     monkeypatch.setitem(inference.DTYPES, "fp32", torch.float64)
     x, policies = torch.randn(10, 3, 32, 32, dtype=torch.float64), torch.rand(2, 10, 6) < 0.5
     resnet, policy_net = map(random_norms, models.build("R14_C10"))
-    args = argparse.Namespace(no_compile=True)
+    args = argparse.Namespace(no_compile=True, model="R14_C10")
     policy = models.GreedyPolicy(policy_net)
     calls = inference.contenders(resnet, policy, x, policies.double(), "fp32", args)
     gated, _ = models.build("AIG14_C10")
