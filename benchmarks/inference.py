@@ -259,7 +259,8 @@ def rows_of(resnet, policy, config, policies, x, precision, args) -> list[dict]:
 
 def main() -> None:
     args = parse_args()
-    config = engine.data.config_of(args)
+    with engine.user_errors():  # random policies need no data
+        config = engine.data.config_of(args) if args.load else models.config(args.model)
     device = engine.device.pick(args.device)
     engine.device.keep_freed_memory()
     torch.manual_seed(args.seed)
