@@ -227,18 +227,6 @@ def jaxonnxruntime(file: Path) -> Call:
     return lambda image: [np.asarray(jax.device_get(x)) for x in network.run({"image": image})]
 
 
-def wonnx(file: Path) -> Call:
-    import wonnx
-
-    session = wonnx.Session.from_path(str(file))
-
-    def call(image):
-        found = session.run({"image": image.ravel().tolist()})
-        return [np.array(found[name], np.float32)[None] for name in OUTPUTS]
-
-    return call
-
-
 def node(file: Path) -> Call:
     return in_node(file, "onnxruntime-node")
 

@@ -66,8 +66,11 @@ TOOLS = [
     Tool("tract", "tract", ("tract==0.23.9",)),
     Tool("ncnn, by pnnx", "ncnn", ("ncnn==1.0.20261020", "pnnx==20261020")),
     Tool("onnx2torch", "onnx2torch", ("onnx2torch==1.5.15",)),
-    Tool("jaxonnxruntime", "jaxonnxruntime", ("jaxonnxruntime==0.3.0",)),
-    Tool("wonnx", "wonnx", ("wonnx==0.5.1",)),
+    Tool(
+        "jaxonnxruntime",
+        "jaxonnxruntime",
+        ("jaxonnxruntime==0.3.0", "jax==0.10.2", "jaxlib==0.10.2", "absl-py==2.3.1"),
+    ),
 ]
 
 
