@@ -1,9 +1,9 @@
 #!/bin/sh
 # emx-onnx-cgen 1.4.0: the C source that `compile` writes runs without its weights, in silence. Above
 # a size (--large-weight-threshold) it leaves weights out of the source and writes them to a .bin
-# beside it, which <name>_load(path) reads. A program that calls <name>() alone, as small models may,
-# compiles, links, and gets figures of weights that are zero. Seen: a product with a 64 x 64 matrix of
-# ones gives 0 in place of 64; after <name>_load, or compiled with --large-weight-threshold 0, 64.
+# beside it, which model_load(path) reads. A program that calls model() alone, as small models may,
+# compiles, links, and gets figures of weights that are zero. Seen: a product with a 256 x 256 matrix of
+# ones gives 0 in place of 256; after model_load, or compiled with --large-weight-threshold 0, 256.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-size = 64
+size = 256
 graph = helper.make_graph(
     [helper.make_node("MatMul", ["x", "w"], ["y"], "product")],
     "g",
@@ -30,18 +30,18 @@ cat > main.c <<'END'
 #include <stdint.h>
 #include <stdbool.h>
 #include <stdio.h>
-void product(const float x[1][64], float y[1][64]);
+void model(const float *x, float *y);
 #ifdef LOAD
-_Bool product_load(const char *path);
+_Bool model_load(const char *path);
 #endif
 int main(void) {
-    float x[1][64], y[1][64];
-    for (int i = 0; i < 64; i++) x[0][i] = 1;
+    static float x[256], y[256];
+    for (int i = 0; i < 256; i++) x[i] = 1;
 #ifdef LOAD
-    if (!product_load("product.bin")) return 1;
+    if (!model_load("model.bin")) return 1;
 #endif
-    product(x, y);
-    printf("%g\n", y[0][0]);
+    model(x, y);
+    printf("%g\n", y[0]);
     return 0;
 }
 END
@@ -51,4 +51,4 @@ gcc -O1 -DLOAD main.c product.c -lm -o loaded
 venv/bin/emx-onnx-cgen compile --large-weight-threshold 0 product.onnx product.c > /dev/null
 gcc -O1 main.c product.c -lm -o inside
 echo "weights not loaded: $(./alone), loaded: $(./loaded), in the source: $(./inside)"
-test "$(./alone)" = 0 && test "$(./loaded)" = 64 && test "$(./inside)" = 64
+test "$(./alone)" = 0 && test "$(./loaded)" = 256 && test "$(./inside)" = 256
