@@ -11,7 +11,6 @@ ONNX Runtime and OpenVINO take part where they are installed (requirements-dev.t
 
 import contextlib
 import copy
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,17 @@ import graphs
 import numpy as np
 import torch
 import torchvision
-from measure import busy, conv_gflops, interleaved, machine, random_policies, table, under, write
+from measure import (
+    busy,
+    conv_gflops,
+    interleaved,
+    machine,
+    openvino_network,
+    random_policies,
+    table,
+    under,
+    write,
+)
 from torch import nn
 
 import engine
@@ -85,7 +94,7 @@ def other_runtimes(resnet: nn.Module, x: torch.Tensor) -> dict:
     calls = {}
     x = x.cpu().contiguous()
     export = None
-    for name, start in (("ONNX Runtime", onnx_session), ("OpenVINO", openvino_network)):
+    for name, start in (("ONNX Runtime", onnx_session), ("OpenVINO", openvino_call)):
         with contextlib.suppress(ImportError):
             if export is None:
                 plain = Plain(copy.deepcopy(resnet)).cpu().eval()
@@ -105,17 +114,8 @@ def onnx_session(content: bytes, x: np.ndarray):
     return lambda: session.run(None, feed)
 
 
-def openvino_network(content: bytes, x: np.ndarray):
-    import openvino
-
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    core = openvino.Core()
-    network = core.compile_model(core.read_model(io.BytesIO(content)), "CPU", settings)
-    run = network.create_infer_request().infer
+def openvino_call(content: bytes, x: np.ndarray):
+    run = openvino_network(content, "f32", torch.get_num_threads())
     return lambda: run([x])
 
 

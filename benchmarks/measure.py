@@ -1,5 +1,6 @@
 """Timing several contenders in turn in one process, and telling the machine they ran on."""
 
+import io
 import json
 import platform
 import statistics
@@ -19,8 +20,31 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engine  # noqa: E402
+from engine import options  # noqa: E402
 
 timed = partial(engine.device.timed, device=engine.device.pick())
+
+
+def add_network_that_decides(parser: options.Parser) -> None:
+    """--load, and what it may want beside it."""
+    options.add_base(parser)
+    options.add_chosen_penalty(parser)
+    what = "checkpoint of the network that decides"
+    parser.add_argument("--load", required=True, help=what)
+
+
+def openvino_network(content: bytes, precision: str, threads: int) -> Callable:
+    """A compiled network's call on {"image": array}."""
+    import openvino
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    core = openvino.Core()
+    network = core.compile_model(core.read_model(io.BytesIO(content)), "CPU", settings)
+    return network.create_infer_request().infer
 
 
 def interleaved(contenders: dict[str, Callable], repeats: int, budget: float) -> dict[str, float]:

@@ -9,7 +9,6 @@ convolutions with scales from training images.
 """
 
 import copy
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -18,7 +17,14 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
-from measure import interleaved, machine, table, write
+from measure import (
+    add_network_that_decides,
+    interleaved,
+    machine,
+    openvino_network,
+    table,
+    write,
+)
 
 import engine
 import models
@@ -32,10 +38,8 @@ OPSET = 17
 
 def parse_args():
     parser = options.parser(__doc__)
-    options.add_base(parser)
-    options.add_chosen_penalty(parser)
+    add_network_that_decides(parser)
     add = parser.add_argument
-    add("--load", required=True, help="checkpoint of the network that decides")
     add("--threads", type=options.count, nargs="+", default=[1, 2])
     add("--repeats", type=options.count, default=30, help="rounds of all contenders")
     add("--budget", type=options.positive, default=120.0, help="seconds a number of threads")
@@ -66,20 +70,6 @@ def files(trained: TrainedModel, train) -> dict[str, bytes]:
         model = onnx_files.build(*networks, network.config, OPSET, ranges)
         made[f"{name}, int8"] = model.SerializeToString()
     return made
-
-
-def openvino_network(content: bytes, precision: str, threads: int) -> Callable:
-    """A compiled network's call on {"image": array}."""
-    import openvino
-
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": precision,
-    }
-    core = openvino.Core()
-    network = core.compile_model(core.read_model(io.BytesIO(content)), "CPU", settings)
-    return network.create_infer_request().infer
 
 
 def deployed(trained: TrainedModel, precision: str, full: bool) -> Callable:

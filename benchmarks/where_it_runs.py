@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from measure import machine, table, write
+from measure import add_network_that_decides, machine, table, write
 
 import engine
 from deploy import onnx_files
@@ -76,10 +76,8 @@ TOOLS = [
 
 def parse_args():
     parser = options.parser(__doc__)
-    options.add_base(parser)
-    options.add_chosen_penalty(parser)
+    add_network_that_decides(parser)
     add = parser.add_argument
-    add("--load", required=True, help="checkpoint of the network that decides")
     add("--static", default="distribute:7", help="the static policy of the file beside it")
     add("--tools", nargs="+", metavar="NAME", help="of: " + " ".join(t.call for t in TOOLS))
     add("--work", type=Path, default=Path("cv/where_it_runs"), help="where the environments are")

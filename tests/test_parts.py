@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-from functools import partial
 
 import pytest
 import torch
@@ -170,13 +169,10 @@ def test_errors_come_through_when_all_have_ended(threads):
 
 
 def test_parts_run_as_their_caller_does(threads):
-    states = partial(
-        lambda: (
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.get_num_threads(),
-        )
-    )
+    def states():
+        autocast = torch.is_autocast_enabled("cpu")
+        return torch.is_inference_mode_enabled(), autocast, torch.get_num_threads()
+
     assert parts.run([states] * 2) == [(True, False, 1)] * 2
     with torch.autocast("cpu", torch.bfloat16):
         assert parts.run([states] * 2) == [(True, True, 1)] * 2
