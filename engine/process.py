@@ -3,6 +3,7 @@
 SIGTERM is how clusters pre-empt a job: a run then stops soon, at a place to go on from.
 """
 
+import atexit
 import multiprocessing
 import os
 import select
@@ -198,6 +199,9 @@ def leave(status: int) -> NoReturn:
     a finished process during finalization (pytorch/pytorch#179291, #190489): torchrun would start
     work again that was done, and an exit status would be lost.
     """
+    if hasattr(signal, "SIGCHLD"):
+        # a data loader's workers are ended with the program, which torch would report as a failure
+        atexit.register(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
     if not dist.is_initialized():
         sys.exit(status)
     if status == 0:  # in an error the others may not be there to take leave of

@@ -221,6 +221,30 @@ def raises(error):
     raise error
 
 
+WORKERS = """
+import torch
+from functools import partial
+import engine
+
+kept = []
+
+def main():
+    listen = partial(lambda patient, _: engine.process.listen_in_worker(patient),
+                     engine.process.shared_patience())
+    kept.append(iter(torch.utils.data.DataLoader(range(999), num_workers=6, worker_init_fn=listen)))
+    next(kept[0])
+    raise engine.UserError("no")
+
+engine.run_script(main)
+"""
+
+
+def test_workers_that_are_ended_with_the_program_are_no_second_error():
+    command = [sys.executable, "-W", "ignore", "-c", WORKERS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr == "-c: no\n"
+
+
 def test_little_shared_memory_ends_a_training_in_one_line(tmp_path):
     """A real /dev/shm of half a MiB, where this process may mount one."""
     rng = np.random.default_rng(0)
