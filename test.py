@@ -56,7 +56,7 @@ def profile(trained: TrainedModel, test, dependence: bool = False) -> dict:
         "block_usage": blocks,
         "block_usage_std": deviation,
         "flops": flops.mean().item(),
-        "flops_std": flops.std().item() if len(flops) > 1 else 0.0,
+        "flops_std": flops.std(correction=0).item(),  # numpy's, as released
         "unique_policies": unique,
         "images": len(policies),
         "images_per_second": len(policies) / results.seconds,

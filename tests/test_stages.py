@@ -181,7 +181,7 @@ def profile_by_hand(path, base_file, cifar_dir):
         "block_usage": statistics.mean(blocks),
         "block_usage_std": statistics.stdev(blocks),
         "flops": statistics.mean(flops),
-        "flops_std": statistics.stdev(flops),
+        "flops_std": statistics.pstdev(flops),
         "unique_policies": len(policies),
         "images": 40,
     }
