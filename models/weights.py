@@ -134,11 +134,16 @@ def load_gated(net: GatedResNet, state: State) -> None:
     """
     state = unwrapped(state, "resnet.conv1.weight")
     if not any(name.startswith("gates.") for name in state):
-        starts = [sum(net.resnet.stages[:i]) for i in range(len(net.resnet.stages))]
-        state = {gated_name(n, starts): t for n, t in our_names(state).items()}
-        # its gates are 1x1 convolutions on pooled features
-        state = {n: t.flatten(1) if is_gate_weight(n, t) else t for n, t in state.items()}
+        state = our_gated_names(state, net.resnet.stages)
     load_strictly(net, state)
+
+
+def our_gated_names(state: State, stages: Sequence[int]) -> dict[str, Tensor]:
+    """Rename tensors of the released ConvNet-AIG to ours; stages: blocks of each."""
+    starts = [sum(stages[:i]) for i in range(len(stages))]
+    renamed = {gated_name(n, starts): t for n, t in our_names(state).items()}
+    # its gates are 1x1 convolutions on pooled features
+    return {n: t.flatten(1) if is_gate_weight(n, t) else t for n, t in renamed.items()}
 
 
 def load_ungated(net: GatedResNet, state: State) -> None:
