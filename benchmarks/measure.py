@@ -3,11 +3,13 @@
 import io
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
@@ -31,6 +33,28 @@ def add_network_that_decides(parser: options.Parser) -> None:
     options.add_chosen_penalty(parser)
     what = "checkpoint of the network that decides"
     parser.add_argument("--load", required=True, help=what)
+
+
+def environment(packages: Sequence[str], work: Path) -> Path:
+    """A Python that has these pinned packages over those that run this, in a folder below `work`;
+    made once. Raises CalledProcessError where one does not install.
+    """
+    if not packages:
+        return Path(sys.executable)
+    folder = (work / "-".join(name.replace("==", "_") for name in packages)).absolute()
+    python, ready = folder / "bin" / "python", folder / "ready"
+    if not ready.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        quiet = {"check": True, "stdout": sys.stderr}
+        subprocess.run([sys.executable, "-m", "venv", folder], **quiet)
+        own = next(folder.glob("lib/python*/site-packages"))
+        (own / "beneath.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        pip = [python, "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, "setuptools==80.9.0", "wheel==0.45.1"], **quiet)
+        # some want to see torch while they are built
+        subprocess.run([*pip, "--no-build-isolation", *packages], **quiet)
+        ready.touch()
+    return python
 
 
 def openvino_network(content: bytes, precision: str, threads: int) -> Callable:
