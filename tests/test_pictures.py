@@ -51,6 +51,19 @@ def test_pixels_without_a_known_white_are_refused(gray, tmp_path, dtype):
         loader.read(0, None)
 
 
+LOSSLESS = (  # a gray JPEG of 6 x 4 pixels, predictor 1, 8 bits
+    "ffd8ffc40017000101010100000000000000000000000005040608ffc3000b080004000601"
+    "001100ffda0008010000060000e7fa28a28a350a28a28a6a14514514d428a28a28ffd9"
+)
+
+
+def test_a_lossless_gray_jpeg_is_read(tmp_path):
+    """torchcodec does not read it, which Pillow does."""
+    (tmp_path / "x.jpg").write_bytes(bytes.fromhex(LOSSLESS))
+    expected = np.add.outer(np.arange(4) * 40, np.arange(6) * 8)
+    assert (decoded(tmp_path / "x.jpg") == expected[..., None]).all()
+
+
 FORMATS = {
     "png": {}, "bmp": {}, "tiff": {}, "gif": {}, "ppm": {}, "webp": {"lossless": True},
     "jpeg2000": {"irreversible": False}, "jpeg": {"quality": 100}, "avif": {"quality": 100},
