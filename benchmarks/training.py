@@ -2,6 +2,7 @@
 
     python benchmarks/training.py               one step of each stage: images/s, memory, parts
     python benchmarks/training.py --curriculum  stage 1 at every step of the curriculum
+    python benchmarks/training.py --optimizers  the same step, its optimizer foreach and fused
 
 The policy network runs and learns as ever, but its answer is replaced by policies that keep
 `--keep` blocks drawn at random for each image, so that both contenders do the same work. Memory is
@@ -36,13 +37,14 @@ def parse_args():
     add("--batch_sizes", type=options.count, nargs=2, default=[2048, 256], help="stage 1, stage 2")
     add("--repeats", type=options.count, default=5, help="rounds")
     add("--curriculum", action="store_true", help="time stage 1 at each step of the curriculum")
+    add("--optimizers", action="store_true", help="compare forms of the optimizer's step")
     add("--json", type=Path, help="also write the figures to this file")
     add("--peak", nargs=2, metavar=("STAGE", "CONTENDER"), help="only print one step's peak memory")
     return parser.parse_args()
 
 
 class Clock(nn.Module):
-    """A module whose calls are timed."""
+    """A module, or another callable, whose calls are timed."""
 
     def __init__(self, module):
         super().__init__()
@@ -77,8 +79,10 @@ class OneByOne(nn.Module):
         return torch.stack([self.resnet(x, policy) for policy in policies])
 
 
-def training_step(args, config, stage: str, contender: str, batch: int, cl_step: int):
-    """A call that trains one batch, and the clocks of its two networks."""
+def training_step(
+    args, config, stage: str, contender: str, batch: int, cl_step: int, **of_optimizer
+):
+    """A call that trains one batch, and the clocks of its two networks and of its optimizer."""
     script = importlib.import_module(STEPS[stage][0])
     device = engine.device.pick(args.device)
     torch.manual_seed(args.seed)
@@ -104,7 +108,7 @@ def training_step(args, config, stage: str, contender: str, batch: int, cl_step:
         parameters += resnet.parameters()
         resnet_clock = Clock(resnet)
         step = partial(script.train_step, policy_clock, resnet_clock, args=settings)
-    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+    optimizer = torch.optim.Adam(parameters, lr=1e-4, **of_optimizer)
     x = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.randint(0, config.num_classes, (batch,), device=device)
@@ -114,9 +118,10 @@ def training_step(args, config, stage: str, contender: str, batch: int, cl_step:
             loss, _ = step(x, y, shard)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
+        update()
 
-    return call, (policy_clock, resnet_clock)
+    update = Clock(optimizer.step)
+    return call, (policy_clock, resnet_clock, update)
 
 
 def print_peak(args, config, stage: str, contender: str) -> None:
@@ -165,7 +170,7 @@ def compare_steps(args, config) -> list[dict]:
             for clock in clocks:
                 clock.seconds = 0.0
             call()
-            policy, resnet = (clock.seconds for clock in clocks)
+            policy, resnet, _ = (clock.seconds for clock in clocks)
             on_gpu = engine.device.pick(args.device).type == "cuda"
             memory = peak_on_gpu(call) if on_gpu else measured_peak(args, stage, name)
             rows.append(
@@ -202,6 +207,30 @@ def compare_curriculum(args, config) -> list[dict]:
     return rows
 
 
+# on a CPU torch steps tensor by tensor unless told otherwise
+FORMS = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+
+
+def compare_optimizers(args, config) -> list[dict]:
+    """A step of each stage, in turn with each form of Adam's step: seconds, and those of it."""
+    rows = []
+    for (stage, _), batch in zip(STEPS.items(), args.batch_sizes, strict=True):
+        made = {
+            form: training_step(args, config, stage, "sparse", batch, config.num_blocks, **given)
+            for form, given in FORMS.items()
+        }
+        seconds = interleaved({n: call for n, (call, _) in made.items()}, args.repeats, 1e9)
+        for form, (call, (*_, update)) in made.items():
+            update.seconds = 0.0
+            for _ in range(args.repeats):
+                call()
+            gain = seconds["default"] / seconds[form]
+            alone = update.seconds / args.repeats
+            rows.append({"stage": stage, "batch": batch, "form": form, "seconds": seconds[form],
+                         "over_default": gain, "update_seconds": alone})  # fmt: skip
+    return rows
+
+
 def main() -> None:
     args = parse_args()
     config = engine.data.config_of(args, gated=False)
@@ -216,6 +245,14 @@ def main() -> None:
         totals = {name: sum(row[name] for row in rows) for name in CONTENDERS}
         print(f"\ntotal of {len(rows)} steps: masked {totals['masked']:.1f} s, ", end="")
         print(f"sparse {totals['sparse']:.1f} s, {totals['masked'] / totals['sparse']:.2f} times")
+    elif args.optimizers:
+        rows = compare_optimizers(args, config)
+        header = ["stage", "batch", "Adam", "step s", "times as fast", "of it the update, ms"]
+        cells = [
+            [r["stage"], r["batch"], r["form"], f"{r['seconds']:.3f}", f"{r['over_foreach']:.3f}",
+             f"{r['update_seconds'] * 1e3:.2f}"] for r in rows
+        ]  # fmt: skip
+        print("\n" + table(header, cells))
     else:
         rows = compare_steps(args, config)
         header = [
