@@ -305,6 +305,16 @@ def test_the_most_frequent_policy():
     assert utils.most_frequent(torch.tensor(rows)).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("blocks", [1, 15, 33, 70])
+def test_of_as_many_the_most_frequent_policy_is_the_one_that_sorts_first(blocks):
+    torch.manual_seed(blocks)
+    policies = (torch.rand(300, blocks) < 0.5).to(torch.uint8)
+    policies[:, 3:] = policies[0, 3:]  # some often
+    rows, counts = policies.unique(dim=0, return_counts=True)
+    assert torch.equal(utils.most_frequent(policies), rows[counts.argmax()])
+    assert torch.equal(rows[utils.numbered(policies)], policies)
+
+
 @pytest.mark.parametrize(
     "stages, depths",
     [
