@@ -1,7 +1,7 @@
 """Early exits on a base ResNet beside our curve: accuracy against FLOPs, and by the clock.
 
     pip install -r requirements-peers.txt
-    python benchmarks/early_exits.py --model R32_C10 --load cv/R32_C10/curve
+    python benchmarks/early_exits.py --model R32_C10 --load cv/R32_C10/curve --time
 
 earlyon puts heads behind stages or blocks of the frozen base that ours runs on, trains them on
 training images without the last 5,000, fits temperatures on half of these and calibrates thresholds
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import engine
 import utils
-from engine import options, process
+from engine import UserError, options, process
 from engine.data import Loader
 from engine.trained import TrainedModel
 
@@ -38,6 +38,7 @@ def parse_args():
     options.add_base(parser)
     add("--load", required=True, help="our curve on the same base, of a warm start")
     add("--epochs", type=options.count, default=10, help="that the heads learn for")
+    add("--time", action="store_true", help="also milliseconds an image, at batch 1 and 256")
     add("--work", type=Path, default=Path("cv/early_exits"), help="heads are kept here and reused")
     add("--json", type=Path, help="also write the figures to this file")
     parser.set_defaults(device="cpu", policy=None, penalty=None, batch_size=128)
@@ -49,7 +50,9 @@ class Block(nn.Module):
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module):
         super().__init__()
-        self.branch, self.shortcut = branch, shortcut
+        self.branch = branch
+        # of its own: earlyon counts nothing where a module is run twice
+        self.shortcut = nn.Identity() if isinstance(shortcut, nn.Identity) else shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.branch(x) + self.shortcut(x))
@@ -60,15 +63,19 @@ class Stages(nn.Module):
 
     def __init__(self, resnet: nn.Module):
         super().__init__()
-        self.resnet = resnet
+        # earlyon counts in the order in which modules stand here, each by the first of its names
+        self.whole = (resnet,)
+        self.conv1, self.bn1 = resnet.conv1, resnet.bn1
         blocks = [Block(*unit) for unit in resnet.units()]
         starts = [sum(resnet.stages[:i]) for i in range(len(resnet.stages))]
         self.stages = nn.Sequential(
             *(nn.Sequential(*blocks[s : s + n]) for s, n in zip(starts, resnet.stages, strict=True))
         )
+        self.fc = resnet.fc
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resnet.head(self.stages(self.resnet.stem(x)))
+        (resnet,) = self.whole
+        return resnet.head(self.stages(resnet.stem(x)))
 
 
 class Batches:
@@ -95,7 +102,7 @@ def exit_layers(stages: tuple[int, ...]) -> dict[str, list[str]]:
 
 def exit_flops(model, layers: list[str], input_size: tuple[int, int, int]) -> Tensor:
     """FLOPs of an image that leaves at each exit, (E + 1,), all heads it passed counted."""
-    resnet = model.backbone.resnet
+    (resnet,) = model.backbone.whole
     fixed, per_block = utils.block_flops(resnet, input_size)
     starts = [sum(resnet.stages[:i]) for i in range(len(resnet.stages))]
     # stem, shortcuts and the ResNet's own head: the last two are little, and counted in full
@@ -142,6 +149,8 @@ def exits(args, layers: list[str], train: Loader, held: Loader, test: Loader, co
         args.work.mkdir(parents=True, exist_ok=True)
         torch.save(model.exit_heads.state_dict(), kept)
     model.eval()
+    if not model.flops_estimate.reliable:
+        raise UserError(f"earlyon estimates no FLOPs here: {model.flops_estimate.notes}")
     fit, choose = halves(*whole(held))
     cost = exit_flops(model, layers, base.input_size)
     seen = thresholds.collect_head_logits(
@@ -245,9 +254,10 @@ def main() -> None:
         model, found = exits(args, layers, train, held, test, config)
         figures[where] = {"exits": found}
         rows += [[where, r["budget"], f"{r['accuracy']:.3f}", f"{r['flops']:.2E}"] for r in found]
-        figures[where]["clock"] = clock(args, config, model, found, test)
+        if args.time:
+            figures[where]["clock"] = clock(args, config, model, found, test)
     print(table(["exits", "budget or penalty", "accuracy", "FLOPs/img"], rows))
-    for where in exit_layers(config.stages):
+    for where in exit_layers(config.stages) if args.time else ():
         timed_rows = figures[where]["clock"]
         columns = list(timed_rows[0])
         cells = [[r["what"], *(f"{r[c]:.3f}" for c in columns[1:])] for r in timed_rows]
