@@ -348,11 +348,12 @@ def count_flops(module: nn.Module, input_size: Sequence[int], *args: Tensor) -> 
     """
     parameter = next(module.parameters())
     image = torch.zeros(1, *input_size, dtype=parameter.dtype, device=parameter.device)
-    training = module.training
+    training = [part for part in module.modules() if part.training]
     module.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(image, *args)
-    module.train(training)
+    for part in training:  # a frozen one stays as it was
+        part.training = True
     return counter.get_total_flops()
 
 

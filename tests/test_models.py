@@ -199,6 +199,15 @@ def test_flops_of_resnet_110_by_hand():
     assert utils.count_flops(policy_net, (3, 32, 32)) == expected
 
 
+def test_counting_leaves_each_part_in_its_mode():
+    resnet, _ = models.build("R8_C10")
+    resnet.train()
+    resnet.bn1.eval()  # frozen
+    before = [part.training for part in resnet.modules()]
+    utils.count_flops(resnet, (3, 32, 32))
+    assert [part.training for part in resnet.modules()] == before and not resnet.bn1.training
+
+
 def test_flops_of_resnet_101_by_hand():
     resnet, _ = models.build("R101_ImgNet")
     total, in_channels, size = conv_flops(3, 64, 7, 112), 64, 56
