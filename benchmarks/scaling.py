@@ -10,11 +10,8 @@ a line through the logarithms: 1 where a cost doubles with its cause.
 
 import argparse
 import json
-import os
-import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from measure import machine, table, timed, write
+from processes import CORES, epoch
 from torch import Tensor
 from training import peak_memory, training_step
 
@@ -134,29 +132,18 @@ def bookkeeping(num_images: int) -> dict[str, float]:
     }
 
 
-def processes(args, number: int) -> dict[str, float]:
-    """The second epoch of stage 1, its batch shared by so many processes."""
-    script = str(engine.storage.ROOT / "cl_training.py")
-    threads = max(1, len(os.sched_getaffinity(0)) // number)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *(torchrun if number > 1 else []), script]
-        command += ["--model", args.model, "--data_dir", str(args.data_dir), "--cv_dir", folder]
-        command += ["--subset", str(TRAINED_ON), "--batch_size", "256", "--max_epochs", "2"]
-        command += ["--cl_step", "15", "--test_every", "99", "--device", "cpu"]
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        subprocess.run(command, check=True, capture_output=True, env=env)
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    # of the second epoch; the evaluation after it has a line of its own kind in the same record
-    epoch = [json.loads(line) for line in lines][1]
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
-    return {"an epoch, ms": epoch["seconds"] * 1e3, "peak of one process, MiB": peak}
+def shared(args, number: int) -> dict[str, float]:
+    """An epoch of stage 1, its batches shared by so many processes."""
+    words = ["--model", args.model, "--data_dir", args.data_dir, "--subset", TRAINED_ON]
+    words += ["--batch_size", 256, "--cl_step", models.config(args.model).num_blocks]
+    found = epoch(number, max(1, CORES // number), "cl_training.py", *words)
+    return {"an epoch, ms": found["seconds"] * 1e3, "peak of one process, MiB": found["peak"]}
 
 
 def point(args, what: str, size: int) -> dict[str, float]:
     """The figures of one size; peak memory is that of this process."""
     if what == "processes":
-        return processes(args, size)
+        return shared(args, size)
     if what == "images":
         found = bookkeeping(size)
     elif what == "blocks":
