@@ -2,7 +2,8 @@
 
     python benchmarks/processes.py --model R32_C10 --data_dir data
 
-The second of three epochs counts: the last has an evaluation. Busy processes only count and take a core each where they can.
+The second of three epochs counts: the last has an evaluation. Busy processes only count, and take a
+core each where they can.
 """
 
 import json

@@ -17,10 +17,14 @@ import torch
 from torch import nn
 
 
-def network():
-    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).train()
-    net[1].eval()
-    return net
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.norm.eval()
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
 
 
 def by_thop(net, x):
@@ -44,10 +48,10 @@ def by_torch(net, x):
 
 found = {}
 for count in (by_thop, by_torchinfo, by_torch):
-    net, x = network(), torch.randn(2, 3, 8, 8)
+    net, x = Network(), torch.randn(2, 3, 8, 8)
     names = set(net.state_dict())
     count(net, x)
-    found[count.__name__] = net[1].training, sorted(set(net.state_dict()) - names)
+    found[count.__name__] = net.norm.training, sorted(set(net.state_dict()) - names)
     print(count.__name__, "frozen layer trains:", found[count.__name__][0], found[count.__name__][1])
 expected = {
     "by_thop": (True, ["total_ops", "total_params"]),
