@@ -134,10 +134,10 @@ def compiled(subject: Subject, execution: str) -> dict:
     x, policies = subject.batch(8)
     subject.resnet.execution = execution
     other = TrainedModel(subject.args, subject.config).plain.eval()
-    # a graph a size of each block's part of the batch: beyond the limit it would fall back
+    # a graph for each size of a block's part of the batch: beyond the limit it would fall back
     torch._dynamo.config.recompile_limit = 10_000
     torch._dynamo.config.accumulated_recompile_limit = 10_000
-    call = torch.compile(subject.resnet, fullgraph=execution == "masked", dynamic=False)
+    call = torch.compile(subject.resnet, fullgraph=execution == "masked")
     _, seconds = took(lambda: [call(x, policy) for policy in policies])
     compare = {"eager sparse": other, execution + " compiled": call}
     return {

@@ -40,6 +40,7 @@ def parse_args():
     add("--epochs", type=options.count, default=10, help="that the heads learn for")
     add("--time", action="store_true", help="also milliseconds an image, at batch 1 and 256")
     add("--work", type=Path, default=Path("cv/early_exits"), help="heads are kept here and reused")
+    add("--picture", type=Path, help="also draw accuracy against FLOPs to this file")
     add("--json", type=Path, help="also write the figures to this file")
     parser.set_defaults(device="cpu", policy=None, penalty=None, batch_size=128)
     return parser.parse_args()
@@ -237,6 +238,21 @@ def clock(args, config, model, exit_rows: list[dict], test: Loader) -> list[dict
     return found
 
 
+def draw(figures: dict, path: Path) -> None:
+    """Ours and the exits that meet their budgets."""
+    from visual.figures import trade_off
+
+    def line(rows: list[dict]) -> list[tuple[float, float]]:
+        return [(row["flops"], row["accuracy"]) for row in rows if row.get("met", True)]
+
+    curves = {"one network, six penalties": line(figures["ours"])}
+    for where, found in figures.items():
+        if "exits" in found:
+            curves[f"early exits {where}"] = line(found["exits"])
+    with engine.user_errors(path):
+        trade_off([], "FLOPs an image", curves).savefig(path, dpi=120)
+
+
 def main() -> None:
     args = parse_args()
     process.need("earlyon")
@@ -265,6 +281,8 @@ def main() -> None:
         print(table(columns, cells))
     if args.json:
         write(figures, args.json)
+    if args.picture:
+        draw(figures, args.picture)
 
 
 if __name__ == "__main__":

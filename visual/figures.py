@@ -246,6 +246,8 @@ LINES = {  # what a curve's label begins with -> its style
     OTHER_WAYS["shuffled"]: ("v--", BLUE),
     OTHER_WAYS["most_frequent"]: ("s:", BLUE),
     OTHER_WAYS["static_same_flops"]: ("^-", ORANGE),
+    "early exits behind stages": ("D-", GREEN),
+    "early exits": ("d--", GREEN),
     "published: MSDNet": ("*--", PURPLE),
     "published": ("x--", GRAY),
 }
