@@ -36,6 +36,7 @@ GATED = "AIG32_C10", storage.ROOT / "cv" / "AIG32_C10" / "target0.6"
 BATCH = 64  # of the steps that are compared
 FEW = 256  # images that the released code trains on
 GATED_IMAGES = 500
+ALL_BLOCKS = 100  # images that run in full, which say nothing new
 FIGURES = ("Accuracy", "Block Usage", "FLOPs/img", "Unique Policies")
 
 
@@ -197,10 +198,11 @@ class BlockDrop:
         self.few = {n: data[f"train_{n}"].numpy()[:FEW] for n in ("images", "labels")}
         self.base = bases.find_base(model, None)
 
-    def profile(self, what: str, theirs: Sequence, own: Sequence) -> dict:
-        printed, _ = self.released.run(self.test, "test.py", "--model", self.model, *theirs)
+    def profile(self, what: str, theirs: Sequence, own: Sequence, images: int) -> dict:
+        given = {name: array[:images] for name, array in self.test.items()}
+        printed, _ = self.released.run(given, "test.py", "--model", self.model, *theirs)
         common = ["--model", self.model, "--data_dir", self.args.data_dir, "--device", "cpu"]
-        mine = ours("test.py", *common, "--subset", self.args.images, *own)
+        mine = ours("test.py", *common, "--subset", images, *own)
         return row(what, lines(printed), lines(mine))
 
     def train_ours(self) -> tuple[Path, Path]:
@@ -270,19 +272,20 @@ class BlockDrop:
     def measure(self) -> tuple[list[dict], dict[str, dict[str, float]]]:
         first, second = self.train_ours()
         written = self.handed_over(first, "written1"), self.handed_over(second, "written2")
-        base = ["--base", self.base]
+        base, images = ["--base", self.base], self.args.images
         rows = [
             self.profile("stage 1, trained by ours", ["--load", written[0].absolute()],
-                         ["--load", first, *base]),
+                         ["--load", first, *base], images),
             self.profile("stage 2, trained by ours", ["--load", written[1].absolute()],
-                         ["--load", second]),
+                         ["--load", second], images),
         ]  # fmt: skip
         theirs = self.train_theirs()
         for stage, path in enumerate(theirs, 1):
             what = f"stage {stage}, trained by the released code"
             load = ["--load", path.absolute()]
-            rows.append(self.profile(what, load, load + base * (stage == 1)))
-        rows.append(self.profile("no --load: all blocks", [], base))
+            rows.append(self.profile(what, load, load + base * (stage == 1), images))
+        what = f"no --load: all blocks, {min(ALL_BLOCKS, images)} images"
+        rows.append(self.profile(what, [], base, min(ALL_BLOCKS, images)))
         late = self.config.num_blocks + 8  # not a tenth epoch, in which it would test
         late += late % 10 == 9
         steps = {
