@@ -2,7 +2,7 @@
 # earlyon 0.3.0 knows no FLOPs of its own resnet18_ee and resnet50_ee: torchvision's blocks run one ReLU
 # module two or three times, at which its estimate falls back to equal steps. Thresholds that are
 # calibrated for a budget of FLOPs are then calibrated for something else; a RuntimeWarning says so.
-# Seen of resnet18_ee, an exit behind layer2: 0.333 of the FLOPs by earlyon, 0.55 by torch's counter.
+# Seen, of resnet18_ee, an exit behind layer2: 0.333 of the FLOPs by earlyon, 0.55 by torch's counter.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
