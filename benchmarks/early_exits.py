@@ -28,6 +28,7 @@ from engine.trained import TrainedModel
 
 LEFT_OUT = 5000  # training images that calibrate
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the base's FLOPs
+DROPS = (0.005, 0.01, 0.02, 0.05, 0.1)  # of accuracy that may be lost on those images
 PENALTIES = (-0.5, -1.0, -2.0, -5.0, -15.0, -50.0)
 TIMED = {1: 300, 256: 20}  # batches of a size
 
@@ -157,16 +158,21 @@ def exits(args, layers: list[str], train: Loader, held: Loader, test: Loader, co
     seen = thresholds.collect_head_logits(
         model, list(zip(images.split(500), labels.split(500), strict=True)), "cpu"
     )
+    calibrations = [
+        (f"{budget:g} of the FLOPs", partial(thresholds.calibrate_thresholds_for_budget,
+                                             target_computation=budget)) for budget in BUDGETS
+    ] + [
+        (f"{drop:.1%} lost", partial(thresholds.calibrate_thresholds, target_accuracy_drop=drop))
+        for drop in DROPS
+    ]  # fmt: skip
     rows = []
-    for budget in BUDGETS:
-        found = thresholds.calibrate_thresholds_for_budget(
-            model, choose, budget, fit_temperature=True, temperature_loader=fit
-        )
+    for setting, calibrate in calibrations:
+        found = calibrate(model, choose, fit_temperature=True, temperature_loader=fit)
         tested = thresholds.simulate_policy(seen, model)
         shares = [tested.exit_distribution.get(f"exit_{i}", 0.0) for i in range(len(layers))]
         shares = torch.tensor([*shares, tested.exit_distribution.get("final", 0.0)])
         rows.append({
-            "budget": budget,
+            "setting": setting,
             "met": found.budget_met,
             "accuracy": tested.accuracy,
             "flops": (shares.double() @ cost).item(),
@@ -190,7 +196,13 @@ def ours(args, test: Loader, config) -> list[dict]:
             correct += (logits.argmax(1) == labels).sum().item()
             flops += (fixed + policy.double() @ per_block).sum().item()
             count += len(images)
-        rows.append({"penalty": penalty, "accuracy": correct / count, "flops": flops / count})
+        rows.append(
+            {
+                "setting": f"--penalty {penalty:g}",
+                "accuracy": correct / count,
+                "flops": flops / count,
+            }
+        )
     return rows
 
 
@@ -214,7 +226,7 @@ def clock(args, config, model, exit_rows: list[dict], test: Loader) -> list[dict
     contenders.append(("full, plain module", lambda size: plain, None))
     contenders.append(("full, deployed", lambda size: deployed, None))
     for row in exit_rows:
-        name = f"early exits, budget {row['budget']}"
+        name = f"early exits, {row['setting']}"
         contenders.append((name, partial(exit_call, row), row))
     for penalty in PENALTIES:
         given = argparse.Namespace(**vars(args) | {"penalty": penalty})
@@ -253,6 +265,11 @@ def draw(figures: dict, path: Path) -> None:
         trade_off([], "FLOPs an image", curves).savefig(path, dpi=120)
 
 
+def cells(who: str, row: dict) -> list[str]:
+    setting = row["setting"] + ("" if row.get("met", True) else ", not met")
+    return [who, setting, f"{row['accuracy']:.3f}", f"{row['flops']:.2E}"]
+
+
 def main() -> None:
     args = parse_args()
     process.need("earlyon")
@@ -263,22 +280,20 @@ def main() -> None:
     train, held = engine.data.load(config, left_out, engine.device.pick("cpu"))
     _, test = engine.data.load(config, args, engine.device.pick("cpu"), training=False)
     figures: dict = {"machine": facts, "ours": ours(args, test, config)}
-    rows = [
-        ["ours", r["penalty"], f"{r['accuracy']:.3f}", f"{r['flops']:.2E}"] for r in figures["ours"]
-    ]
+    rows = [cells("ours", row) for row in figures["ours"]]
     for where, layers in exit_layers(config.stages).items():
         model, found = exits(args, layers, train, held, test, config)
         figures[where] = {"exits": found}
-        rows += [[where, r["budget"], f"{r['accuracy']:.3f}", f"{r['flops']:.2E}"] for r in found]
+        rows += [cells(where, row) for row in found]
         if args.time:
             figures[where]["clock"] = clock(args, config, model, found, test)
-    print(table(["exits", "budget or penalty", "accuracy", "FLOPs/img"], rows))
+    print(table(["exits", "calibrated for", "accuracy", "FLOPs/img"], rows))
     for where in exit_layers(config.stages) if args.time else ():
         timed_rows = figures[where]["clock"]
         columns = list(timed_rows[0])
-        cells = [[r["what"], *(f"{r[c]:.3f}" for c in columns[1:])] for r in timed_rows]
+        lines = [[r["what"], *(f"{r[c]:.3f}" for c in columns[1:])] for r in timed_rows]
         print(f"\n{where}, ms an image\n")
-        print(table(columns, cells))
+        print(table(columns, lines))
     if args.json:
         write(figures, args.json)
     if args.picture:
