@@ -249,7 +249,7 @@ def main() -> None:
         rows = compare_optimizers(args, config)
         header = ["stage", "batch", "Adam", "step s", "times as fast", "of it the update, ms"]
         cells = [
-            [r["stage"], r["batch"], r["form"], f"{r['seconds']:.3f}", f"{r['over_foreach']:.3f}",
+            [r["stage"], r["batch"], r["form"], f"{r['seconds']:.3f}", f"{r['over_default']:.3f}",
              f"{r['update_seconds'] * 1e3:.2f}"] for r in rows
         ]  # fmt: skip
         print("\n" + table(header, cells))
