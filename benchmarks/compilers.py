@@ -9,6 +9,7 @@ with the plain network's, and times are of contenders in turn.
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -177,13 +178,22 @@ def full(subject: Subject) -> dict:
 
 
 @torch.no_grad()
-def cond(subject: Subject, layout: bool, clone: bool = True) -> dict:
-    """A torch.cond a block: exported, then packed by AOTInductor, batch 1."""
+def cond(
+    subject: Subject,
+    layout: bool = True,
+    clone: bool = True,
+    memory: torch.memory_format = torch.contiguous_format,
+) -> dict:
+    """A torch.cond a block: exported, then packed by AOTInductor, batch 1.
+
+    layout: AOTInductor's `layout_optimization`, on by default. memory: of weights and image.
+    """
     import torch._inductor.config as inductor
 
     inductor.layout_optimization = layout
     x, policies = subject.batch(1)
-    net = Conditional(subject.resnet, clone).eval()
+    x = x.contiguous(memory_format=memory)
+    net = Conditional(subject.resnet, clone).eval().to(memory_format=memory)
     program, seconds = took(lambda: torch.export.export(net, (x, policies[0])))
     found = {
         "seconds to export": seconds,
@@ -258,8 +268,9 @@ CASES: dict[str, Callable[[Subject], dict]] = {
     "sparse": partial(compiled, execution="sparse"),
     "masked": partial(compiled, execution="masked"),
     "full": full,
-    "cond": partial(cond, layout=True),
+    "cond": cond,
     "cond_layout_off": partial(cond, layout=False),
+    "cond_channels_last": partial(cond, memory=torch.channels_last),
     "cond_without_clone": partial(cond, layout=False, clone=False),
     "autograd": autograd,
     "executorch": executorch,
@@ -280,8 +291,9 @@ def outcome(name: str, args) -> dict:
         done = subprocess.run(words, capture_output=True, text=True, env=env)
         if file.exists():
             return json.loads(file.read_text())
-        errors = [line for line in done.stderr.splitlines() if "Error" in line]
-        return {"fails": (errors or done.stderr.splitlines() or ["no word"])[-1][:200]}
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if re.match(r"[\w.]*Error", line)]
+        return {"fails": (errors or lines or ["no word"])[-1][:200]}
 
 
 def main() -> None:

@@ -110,3 +110,52 @@ def test_each_pass_is_another_epoch(benchmark):
     batches = benchmark("early_exits").Batches(Loader())
     assert [len(pair) for _ in range(2) for pair in batches] == [2, 2]
     assert asked == [1, 2]
+
+
+def test_forms_of_the_optimizer_do_the_same_step(benchmark, run):
+    status, out, err = run("benchmarks/training", "--optimizers", "--model", "R8_C10", "--keep", 1,
+                           "--batch_sizes", 8, 8, "--repeats", 1)  # fmt: skip
+    assert status == 0, err
+    rows = [line.split("|")[1:] for line in out.splitlines() if line.startswith("| stage ")]
+    forms = [row[2].strip() for row in rows[1:]]
+    assert forms == ["default", "foreach", "fused"] * 2
+    assert all(float(row[3]) > 0 and float(row[5]) > 0 for row in rows[1:])
+
+
+def test_slopes(benchmark):
+    slope = benchmark("scaling").slope
+    assert slope([1, 2, 4, 8], [3, 6, 12, 24]) == pytest.approx(1)
+    assert slope([10, 100], [7, 7]) == pytest.approx(0)
+
+
+def test_bookkeeping_is_that_of_an_evaluation(benchmark, monkeypatch):
+    scaling = benchmark("scaling")
+    asked = {}
+    measure = engine.dependence.measure
+
+    def spied(trained, test, policies, correct, full=None):
+        asked.update(policies=policies, figures=measure(trained, test, policies, correct, full))
+        return asked["figures"]
+
+    monkeypatch.setattr(engine.dependence, "measure", spied)
+    found = scaling.bookkeeping(2500)
+    assert asked["policies"].shape == (2500, 33) and min(found.values()) > 0
+    assert 0 < asked["figures"]["shuffled"]["accuracy"] < 0.3  # ten classes at random
+
+
+def test_an_epoch_is_neither_the_first_nor_one_with_an_evaluation(benchmark, monkeypatch):
+    processes = benchmark("processes")
+    commands = []
+
+    def run(command, env, **_):
+        commands.append((command, env["OMP_NUM_THREADS"]))
+        folder = command[command.index("--cv_dir") + 1]
+        with open(f"{folder}/metrics.jsonl", "w") as file:
+            file.write('{"seconds": 9}\n{"seconds": 5}\n{"seconds": 8}\n')
+
+    monkeypatch.setattr(processes.subprocess, "run", run)
+    assert processes.epoch(2, 1, "pretrain.py", "--subset", 8)["seconds"] == 5
+    assert processes.epoch(1, 2, "pretrain.py")["peak"] > 0
+    (shared, one), (alone, two) = commands
+    assert "--nproc_per_node=2" in shared and "torch.distributed.run" not in alone
+    assert (one, two) == ("1", "2") and shared[-2:] == ["--subset", "8"]
