@@ -233,7 +233,7 @@ def compare_optimizers(args, config) -> list[dict]:
 
 def main() -> None:
     args = parse_args()
-    config = engine.data.config_of(args, gated=False)
+    config = models.config(args.model, gated=False)  # no data are looked at
     engine.device.keep_freed_memory()
     engine.device.set_up(args.precision)
     if args.peak:
