@@ -233,7 +233,8 @@ def compare_optimizers(args, config) -> list[dict]:
 
 def main() -> None:
     args = parse_args()
-    config = models.config(args.model, gated=False)  # no data are looked at
+    with engine.user_errors():
+        config = models.config(args.model, gated=False)  # no data are looked at
     engine.device.keep_freed_memory()
     engine.device.set_up(args.precision)
     if args.peak:
