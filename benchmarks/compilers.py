@@ -138,7 +138,7 @@ def compiled(subject: Subject, execution: str) -> dict:
     # a graph for each size of a block's part of the batch: beyond the limit it would fall back
     torch._dynamo.config.recompile_limit = 10_000
     torch._dynamo.config.accumulated_recompile_limit = 10_000
-    call = torch.compile(subject.resnet, fullgraph=execution == "masked")
+    call = torch.compile(subject.resnet)
     _, seconds = took(lambda: [call(x, policy) for policy in policies])
     compare = {"eager sparse": other, execution + " compiled": call}
     return {
