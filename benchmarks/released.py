@@ -112,6 +112,12 @@ def row(what: str, theirs: dict[str, str], own: dict[str, str]) -> dict:
     return {"what": what, "theirs": theirs, "ours": own, "same": theirs == own}
 
 
+def normalised(images: Tensor, config: models.Config) -> Tensor:
+    """Bytes (N, H, W, 3) as a network gets them, (N, 3, H, W)."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in config.normalisation)
+    return (images.permute(0, 3, 1, 2) / 255 - mean) / std
+
+
 class FixedNoise(engine.Shard):
     """A whole batch whose random numbers are given."""
 
@@ -203,7 +209,7 @@ class BlockDrop:
         printed, _ = self.released.run(given, "test.py", "--model", self.model, *theirs)
         common = ["--model", self.model, "--data_dir", self.args.data_dir, "--device", "cpu"]
         mine = ours("test.py", *common, "--subset", images, *own)
-        return row(what, lines(printed), lines(mine))
+        return {**row(what, lines(printed), lines(mine)), "images": images}
 
     def train_ours(self) -> tuple[Path, Path]:
         """A stage 1 and a stage 2, no longer than it takes to have policies that differ."""
@@ -239,9 +245,8 @@ class BlockDrop:
 
     def step(self, stage: int, run: Path, written: Path, epoch: int, execution: str) -> dict:
         """One step of a stage, on a batch and noise that both get."""
-        mean, std = (torch.tensor(v)[:, None, None] for v in self.config.normalisation)
-        pixels = torch.from_numpy(self.few["images"][:BATCH]).permute(0, 3, 1, 2) / 255
-        images, labels = (pixels - mean) / std, torch.from_numpy(self.few["labels"][:BATCH])
+        images = normalised(torch.from_numpy(self.few["images"][:BATCH]), self.config)
+        labels = torch.from_numpy(self.few["labels"][:BATCH])
         generator = torch.Generator().manual_seed(stage)
         noise = torch.rand(BATCH, self.config.num_blocks, generator=generator)
         given = {"images": images.numpy(), "labels": labels.numpy(), "noise": noise.numpy()}
@@ -305,9 +310,8 @@ def measure_gated(args) -> dict[str, float]:
     released = Released("aig", args.aig, args.python37, folder)
     ours("recipes/to_released.py", checkpoint, folder)
     data = engine.data.DATA_SETS[config.dataset].read(args.data_dir, True)
-    mean, std = (torch.tensor(v)[:, None, None] for v in config.normalisation)
-    pixels = data["test_images"][:GATED_IMAGES].permute(0, 3, 1, 2) / 255
-    images, labels = (pixels - mean) / std, data["test_labels"][:GATED_IMAGES].long()
+    images = normalised(data["test_images"][:GATED_IMAGES], config)
+    labels = data["test_labels"][:GATED_IMAGES].long()
     generator = torch.Generator().manual_seed(3)
     uniform = torch.rand(config.num_blocks, len(images), 2, generator=generator)
     noise = -(-uniform.clamp_min(1e-10).log()).log()
@@ -382,7 +386,6 @@ def main() -> None:
     figures: dict[str, object] = {"machine": facts}
     for model in args.models if args.blockdrop else ():
         rows, steps = BlockDrop(model, args).measure()
-        rows = [{**r, "images": args.images} for r in rows]
         show(model, rows, steps)
         figures[model] = {"profiles": rows, "steps": steps}
     if args.aig:
