@@ -50,7 +50,7 @@ def parse_args():
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of BlockDrop")
     add("--images", type=options.count, default=10000, help="test images to profile")
     add("--data_dir", type=Path, default=Path("data"), help="where CIFAR-10 is or is fetched to")
-    add("--work", type=Path, default=Path("cv/released"), help="where files are kept; made anew")
+    add("--work", type=Path, default=Path("cv/released"), help="a new folder for its files")
     add("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     for checkout, python in (("blockdrop", "python27"), ("aig", "python37")):
@@ -58,6 +58,8 @@ def parse_args():
             raise UserError(f"--{checkout} and --{python} go together")
     if args.blockdrop is None and args.aig is None:
         raise UserError("name a checkout by --blockdrop or --aig")
+    if args.work.exists():
+        raise UserError(f"{args.work} is there already: take it away, or name another --work")
     return args
 
 
@@ -382,7 +384,6 @@ def main() -> None:
     args = parse_args()
     facts = machine()
     print(json.dumps(facts))
-    shutil.rmtree(args.work, ignore_errors=True)
     figures: dict[str, object] = {"machine": facts}
     for model in args.models if args.blockdrop else ():
         rows, steps = BlockDrop(model, args).measure()

@@ -140,3 +140,11 @@ def test_noise_is_what_was_given(released):
 
 def test_one_without_the_other_is_refused(run):
     refused(run("benchmarks/released", "--blockdrop", ROOT), "--python27")
+
+
+def test_a_folder_that_is_there_is_left_alone(run, tmp_path):
+    own = tmp_path / "own.txt"
+    own.touch()
+    checkout = ["--blockdrop", ROOT, "--python27", ROOT]
+    refused(run("benchmarks/released", *checkout, "--work", tmp_path), tmp_path, "another --work")
+    assert own.exists()
