@@ -262,7 +262,7 @@ def main() -> None:
         ]  # fmt: skip
         cells = [
             [
-                r["stage"], r["batch"], r["contender"], f"{r['images_per_second']:.0f}",
+                r["stage"], r["batch"], r["contender"], f"{r['images_per_second']:.3g}",
                 f"{r['over_masked']:.2f}", f"{r['peak_mib']:.0f}", f"{r['step_mib']:.0f}",
                 f"{r['policy_forward']:.2f}", f"{r['resnet_forward']:.2f}",
                 f"{r['backward_and_update']:.2f}",
