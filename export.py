@@ -188,10 +188,9 @@ def metadata(
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
-def training_images(config, args, trained: TrainedModel) -> Iterator[Tensor]:
-    """Batches of the last COUNTED training images, as an evaluation sees them."""
-    train, _ = engine.data.load(config, args, trained.device)
-    last = min(COUNTED, train.num_images - 1)
+def training_images(config, args, trained: TrainedModel, num_images: int) -> Iterator[Tensor]:
+    """Batches of the last COUNTED of so many training images, as an evaluation sees them."""
+    last = min(COUNTED, num_images - 1)
     asked = argparse.Namespace(**vars(args) | {"val_split": last})
     _, counted = engine.data.load(config, asked, trained.device, training=False)
     return (images for images, _, _ in counted.epoch(0))
@@ -213,16 +212,15 @@ def main() -> None:
     config = engine.data.config_of(args)
     engine.seed_everything(args.seed)
     trained = TrainedModel(args, config)
-    ranges = None
-    if args.int8:
+    if args.int8 or args.fixed:
         train, _ = engine.data.load(config, args, trained.device)
+    ranges = fixed = None
+    if args.int8:
         tried = args.penalties if args.penalty_input else ()
         ranges = onnx_files.calibrate(trained.resnet, trained.policy, train, tried)
-    fixed = None
     if args.fixed:
-        fixed = onnx_files.fixed_blocks(
-            trained.resnet, trained.policy, training_images(config, args, trained)
-        )
+        seen = training_images(config, args, trained, train.num_images)
+        fixed = onnx_files.fixed_blocks(trained.resnet, trained.policy, seen)
     with engine.user_errors(args.model):
         model = onnx_files.build(
             trained.resnet, trained.policy, config, args.opset, ranges, args.penalty_input, fixed
