@@ -182,7 +182,7 @@ def draw(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
             style = "o--" if "MiB" in name else "o-"
             ax.plot(sizes, costs, style, label=f"{name} ({slope(sizes, costs):.2f})")
         ax.set(xscale="log", yscale="log", xlabel=what)
-        ax.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7)
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7, rotation=20)
         ax.set_xticks([], minor=True)
         ax.legend(fontsize=7, title="in brackets: slope", title_fontsize=7)
     with engine.user_errors(path):
