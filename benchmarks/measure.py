@@ -74,16 +74,13 @@ def openvino_network(content: bytes, precision: str, threads: int) -> Callable:
 def interleaved(contenders: dict[str, Callable], repeats: int, budget: float) -> dict[str, float]:
     """Median seconds of one call of each contender, called in turn so that drift hits them all.
 
-    Each is warmed up first, by one call where that takes a second or more; `repeats` rounds are
-    run, fewer when `budget` seconds are used up, and a call that takes little is repeated within
-    its turn until it can be timed.
+    Each is warmed up first; `repeats` rounds are run, fewer when `budget` seconds are used up, and
+    a call that takes little is repeated within its turn until it can be timed.
     """
     calls = {}
     for name, call in contenders.items():
-        calls[name] = 1
-        if timed(call) < 1:
-            call()
-            calls[name] = max(1, round(0.02 / timed(call)))
+        call(), call()
+        calls[name] = max(1, round(0.02 / timed(call)))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
     for done in range(repeats):
