@@ -15,10 +15,16 @@ from torch.nn import functional as F
 Unit = tuple[nn.Module, nn.Module]
 
 
+def writable(branch: nn.Module, x: Tensor) -> Tensor:
+    """branch(x), which may be written over: a copy of it where a hook was given the tensor."""
+    branched = branch(x)
+    return branched.clone() if branch._forward_hooks or branch._backward_hooks else branched
+
+
 def block(branch: nn.Module, shortcut: nn.Module, x: Tensor) -> Tensor:
     """One block, kept by every image of x."""
     # in place: what BatchNorm needs of its output in the backward pass is nothing
-    return F.relu(branch(x).add_(shortcut(x)), inplace=True)
+    return F.relu(writable(branch, x).add_(shortcut(x)), inplace=True)
 
 
 def full(units: Sequence[Unit], x: Tensor) -> Tensor:
@@ -215,7 +221,7 @@ def kept_block(branch: nn.Module, shortcut: nn.Module, x: Tensor, rows: Tensor) 
         rest, kept = GatherRows.apply(x, rows)
         return ScatterRows.apply(rest, rows, block(branch, shortcut, kept))
     rest, kept = GatherRows.apply(shortcut(x), rows)
-    branched = branch(GatherRows.apply(x, rows)[1])
+    branched = writable(branch, GatherRows.apply(x, rows)[1])
     return ScatterRows.apply(rest, rows, F.relu(branched.add_(kept), inplace=True))
 
 
