@@ -6,18 +6,16 @@ it, so the others are not touched.
 """
 
 import math
-from collections.abc import Container
-from copy import deepcopy
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models import capabilities
 from models.execution import as_images, as_rows, neighbours
-from models.resnet import FREE_SHORTCUTS, BasicBlock, Bottleneck
+
+from . import reading
 
 # oneDNN orders weights for the batch that they will meet. With AVX2 an order for one image is up to
 # seven times slower on ten, the other way round up to twenty times; one for this many serves all.
@@ -60,11 +58,10 @@ class Conv:
     """A convolution with its BatchNorm folded in, and what follows it in a residual network."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype):
-        conv, norm = deepcopy(conv).eval(), deepcopy(norm).eval()
-        folded = fuse_conv_bn_eval(conv, norm)
-        weight = folded.weight.detach().to(dtype)
+        weight, bias = reading.folded(conv, norm)
+        weight = weight.detach().to(dtype)
         self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self.bias = folded.bias.detach().to(dtype)
+        self.bias = bias.detach().to(dtype)
         self.geometry = (list(conv.padding), list(conv.stride), [1, 1], 1)
         self.onednn = conv.weight.device.type == "cpu" and capabilities.fused_convolutions(dtype)
         if self.onednn:
@@ -139,39 +136,20 @@ class Batch:
             self.matrix.index_put_((rows,), kept.matrix)
 
 
-def refuse_unknown(module: nn.Module, known: Container[str], what: str) -> None:
-    """A part that a twin would leave out, or a network of another kind, is an error at once."""
-    for name, child in module.named_children():
-        if name not in known:
-            kind = type(child).__name__
-            raise ValueError(f"deploy does not know {name} ({kind}) of {what}")
-
-
 class Block:
     """A residual block and its shortcut."""
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module, dtype: torch.dtype):
-        if not isinstance(branch, (BasicBlock, Bottleneck)):
-            raise ValueError(f"deploy does not know blocks of {type(branch).__name__}")
-        count = 2 if isinstance(branch, BasicBlock) else 3
-        known = {f"{part}{i}" for part in ("conv", "bn") for i in range(1, count + 1)}
-        refuse_unknown(branch, known, f"a {type(branch).__name__}")
-        self.convs = [
-            Conv(getattr(branch, f"conv{i}"), getattr(branch, f"bn{i}"), dtype)
-            for i in range(1, count + 1)
-        ]
+        pairs = reading.convolutions(branch)
+        self.convs = [Conv(conv, norm, dtype) for conv, norm in pairs]
         # multiply-adds a pixel of the input, and pixels of the output for each of these
         self.work, self.shrinks = 0.0, 1.0
         for conv in self.convs:
             self.shrinks /= math.prod(conv.geometry[1])
             self.work += self.shrinks * conv.weight.numel()
         self.is_identity = isinstance(shortcut, nn.Identity)
-        self.shortcut = shortcut
-        if isinstance(shortcut, nn.Sequential):
-            refuse_unknown(shortcut, ("0", "1"), "a shortcut")
-            self.shortcut = Conv(*shortcut, dtype).plain
-        elif not isinstance(shortcut, (nn.Identity, *FREE_SHORTCUTS.values())):
-            raise ValueError(f"deploy does not know shortcuts of {type(shortcut).__name__}")
+        projection = reading.shortcut_layers(shortcut)
+        self.shortcut = shortcut if projection is None else Conv(*projection, dtype).plain
 
     def run(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """relu(shortcut + F(x)), written over `shortcut`, which may be x itself."""

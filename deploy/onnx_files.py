@@ -97,12 +97,12 @@ def compare(
     difference of logits, relative to the largest logit, whether policy and class are the same, and
     the margins, all (N,).
     """
-    run, margins = session(content), Margins(resnet, policy)
+    run = session(content)
     more = {} if penalty is None else {"penalty": np.array([penalty], np.float32)}
     parts: dict[str, list[Tensor]] = {}
     done = 0
     for images, labels, _ in test.epoch(0):
-        with torch.no_grad(), asked_for(policy, penalty):
+        with torch.no_grad(), asked_for(policy, penalty), Margins(resnet, policy) as margins:
             logits, chosen = (part.cpu() for part in models.predict(resnet, policy, images))
         rows = [
             run.run(["logits", "policy"], {"image": test.picture(done + row)[None], **more})
@@ -118,7 +118,7 @@ def compare(
             "difference": (theirs - logits).abs().amax(1) / logits.abs().amax(1),
             "same_policy": (their_policy == chosen).all(1),
             "same_class": theirs.argmax(1) == logits.argmax(1),
-            "margin": margins.take(len(images)).cpu(),
+            "margin": margins.nearest(len(images)).cpu(),
         }
         for name, part in found.items():
             parts.setdefault(name, []).append(part)
@@ -128,11 +128,12 @@ def compare(
 class Margins:
     """How near, in probability, each image's nearest decision is to the other outcome.
 
-    Watches the networks while they run; `take` gives those of the last batch, (B,).
+    Inside, one batch runs; `nearest` then gives its margins.
     """
 
     def __init__(self, resnet: nn.Module, policy: nn.Module | None):
         self.found: list[Tensor] = []
+        self.hooks = []
         if resnet.decides:
             for gate in resnet.gates:
                 self.watch(gate, lambda z: (z.softmax(1)[:, 1] - 0.5).abs())
@@ -142,11 +143,21 @@ class Margins:
             self.watch(policy.policy_net.logit, lambda z: (z.sigmoid() - 0.5).abs().amin(1))
 
     def watch(self, module: nn.Module, margin) -> None:
-        module.register_forward_hook(lambda _, __, output: self.found.append(margin(output)))
+        def see(_, __, output: Tensor) -> None:
+            self.found.append(margin(output))
 
-    def take(self, count: int) -> Tensor:
-        found, self.found = self.found, []
-        return torch.stack(found).amin(0) if found else torch.ones(count)
+        self.hooks.append(module.register_forward_hook(see))
+
+    def __enter__(self) -> "Margins":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def nearest(self, count: int) -> Tensor:
+        """(B,) of a batch of `count` images."""
+        return torch.stack(self.found).amin(0) if self.found else torch.ones(count)
 
 
 def lead(logits: Tensor, policy: models.PenaltyPolicy) -> Tensor:

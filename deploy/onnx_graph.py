@@ -8,14 +8,12 @@ trainings need imports this module.
 
 import math
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 
 import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import utils
 from models import Config, GatedResNet, PenaltyPolicy, ResNet, StaticPolicy
@@ -23,6 +21,7 @@ from models.aig import CLOSED, OPEN, Gate
 from models.policy import SURELY_NOT, Halve
 from models.resnet import PoolAndPad, SubsampleAndPad
 
+from . import reading
 from .int8 import Range, Ranges, weight_scales
 
 OPSETS = range(13, 24)  # `Split` takes its sizes as an input from 13 on
@@ -166,16 +165,16 @@ def conv(graph: Graph, x: str, layer: nn.Conv2d, norm: nn.BatchNorm2d, sums: boo
     In int8 where its ranges are known. Runtimes fuse it with what rounds its output: that is the
     next convolution, or, where the output goes into a sum (`sums`), a rounding of its own.
     """
-    folded = fuse_conv_bn_eval(deepcopy(layer).double().eval(), deepcopy(norm).double().eval())
+    weight, bias = reading.folded(layer, norm, torch.float64)
     pads, strides = list(layer.padding) * 2, list(layer.stride)
     geometry = {"kernel_shape": list(layer.kernel_size), "pads": pads, "strides": strides}
     if layer not in graph.ranges:
-        weight, bias = graph.constant(folded.weight, "weight"), graph.constant(folded.bias, "bias")
+        weight, bias = graph.constant(weight, "weight"), graph.constant(bias, "bias")
         return graph.add("Conv", x, weight, bias, **geometry)
     step, _ = graph.ranges[layer].scale()
-    steps = weight_scales(folded.weight, folded.bias, step)
-    weight = stored(graph, folded.weight, steps, np.int8)
-    bias = stored(graph, folded.bias, steps * step, np.int32)
+    steps = weight_scales(weight, bias, step)
+    weight = stored(graph, weight, steps, np.int8)
+    bias = stored(graph, bias, steps * step, np.int32)
     x = graph.add("Conv", rounded(graph, x, graph.ranges[layer]), weight, bias, **geometry)
     return rounded(graph, x, graph.ranges[norm]) if sums else x
 
@@ -195,8 +194,9 @@ def stored(graph: Graph, value: Tensor, steps: Tensor, kind: type) -> str:
     return graph.add("DequantizeLinear", whole, graph.constant(steps, "steps"), zeros, axis=0)
 
 
-def linear(graph: Graph, x: str, layer: nn.Linear) -> str:
-    weight, bias = graph.constant(layer.weight, "weight"), graph.constant(layer.bias, "bias")
+def linear(graph: Graph, x: str, layer: tuple[Tensor, Tensor]) -> str:
+    """A linear layer of this weight and bias."""
+    weight, bias = graph.constant(layer[0], "weight"), graph.constant(layer[1], "bias")
     return graph.add("Gemm", x, weight, bias, transB=1)
 
 
@@ -204,7 +204,15 @@ def average(graph: Graph, x: str, side: int) -> str:
     return graph.add("AveragePool", x, kernel_shape=[side] * 2, strides=[side] * 2)
 
 
+def refuse_others(module: nn.Module, *known: nn.Module) -> None:
+    """Raise ValueError for a pooling that is none of those known."""
+    if repr(module) not in map(repr, known):
+        raise ValueError(f"no ONNX form of {module!r} is known")
+    reading.check(module, tuple(type(other) for other in known))
+
+
 def shortcut_of(graph: Graph, x: str, shortcut: nn.Module) -> str:
+    projection = reading.shortcut_layers(shortcut)
     if isinstance(shortcut, nn.Identity):
         return x
     if isinstance(shortcut, PoolAndPad):
@@ -215,17 +223,15 @@ def shortcut_of(graph: Graph, x: str, shortcut: nn.Module) -> str:
         # a mean of one pixel each: every runtime knows that kernel
         x = graph.add("AveragePool", x, kernel_shape=[1, 1], strides=[2, 2])
         return graph.add("Pad", x, graph.constant(pads, "pads"))
-    return conv(graph, x, *shortcut, sums=True)
+    return conv(graph, x, *projection, sums=True)
 
 
 def kept(graph: Graph, x: str, shortcut: str, branch: nn.Module) -> str:
     """relu(shortcut + F(x))."""
-    count = sum(name.startswith("conv") for name, _ in branch.named_children())
-    for i in range(1, count + 1):
-        layer, norm = getattr(branch, f"conv{i}"), getattr(branch, f"bn{i}")
-        x = conv(graph, x, layer, norm, sums=i == count)
-        if i < count:
-            x = graph.add("Relu", x)
+    *first, last = reading.convolutions(branch)
+    for layers in first:
+        x = graph.add("Relu", conv(graph, x, *layers))
+    x = conv(graph, x, *last, sums=True)
     return graph.add("Relu", graph.add("Add", x, shortcut))
 
 
@@ -269,6 +275,8 @@ def network(
     `relu_dropped`: a dropped block's shortcut is followed by a relu (ConvNet-AIG). The first block
     of each run decides for the others.
     """
+    reading.check_resnet(resnet)
+    refuse_others(resnet.stem_pool, nn.Identity(), nn.MaxPool2d(3, 2, 1))
     x = graph.add("Relu", conv(graph, x, resnet.conv1, resnet.bn1))
     side = -(-side // resnet.conv1.stride[0])
     if isinstance(resnet.stem_pool, nn.MaxPool2d):
@@ -296,7 +304,7 @@ def network(
         shape = (1, convs[-1].out_channels, side, side)
         x = graph.choose(keep, then, computed, other, dropped, shape)
     x = graph.add("Flatten", graph.add("GlobalAveragePool", x))
-    return x if resnet.fc is None else linear(graph, x, resnet.fc)
+    return x if resnet.fc is None else linear(graph, x, reading.linear(resnet.fc))
 
 
 def decision(
@@ -311,6 +319,7 @@ def decision(
     if isinstance(policy, StaticPolicy):
         kept = policy.policy.bool().tolist()
         return lambda k, x: kept[k], graph.constant(policy.policy.float()[None], "static")
+    reading.check_policy(policy)
     policy_net = policy.policy_net
     looked_at, side = shrunk(graph, x, policy_net.shrink, size)
     features = network(graph, policy_net.features, looked_at, side)
@@ -322,7 +331,7 @@ def decision(
         always = policy.confidence.candidates.bool().all(0).tolist()
         known = [True if kept else value for kept, value in zip(always, known, strict=True)]
     else:  # the most probable policy: sigmoid(z) >= 1/2
-        z = linear(graph, features, policy_net.logit)
+        z = linear(graph, features, reading.linear(policy_net.logit))
         keep = graph.add("GreaterOrEqual", z, graph.constant(np.float32(0), "zero"))
         chosen = graph.add("Cast", keep, to=onnx.TensorProto.FLOAT)
     blocks = [graph.name(f"keep_{k}") for k in range(count)]
@@ -338,6 +347,7 @@ def decision(
 
 def shrunk(graph: Graph, x: str, shrink: nn.Module, size: int) -> tuple[str, int]:
     """The image as the policy network looks at it, and its side."""
+    refuse_others(shrink, nn.Identity(), nn.AvgPool2d(2), Halve())
     halves = isinstance(shrink, nn.AvgPool2d) or (isinstance(shrink, Halve) and size > 112)
     return (average(graph, x, 2), size // 2) if halves else (x, size)
 
@@ -349,14 +359,14 @@ def best_candidate(
     that is given with the image.
     """
     head, penalty = policy.confidence, policy.penalty
-    classes = linear(graph, features, head.classes)
+    classes = linear(graph, features, reading.linear(head.classes))
     largest = graph.constant(np.array([head.largest]), "largest")
     sure, order = graph.name("sure"), graph.name("order")
     log_probs = graph.add("LogSoftmax", classes, axis=1)
     graph.add_several("TopK", [log_probs, largest], [sure, order])
     sure = graph.add("Max", sure, graph.constant(np.float32(SURELY_NOT), "surely_not"))
-    hidden = graph.add("Relu", linear(graph, sure, head.hidden))
-    right = graph.add("Sigmoid", linear(graph, hidden, head.linear))
+    hidden = graph.add("Relu", linear(graph, sure, reading.linear(head.hidden)))
+    right = graph.add("Sigmoid", linear(graph, hidden, reading.linear(head.linear)))
     # the expected reward is linear in the probability of being right
     right_earns = utils.reward_if_right(head.candidates)
     if penalty_input:
@@ -374,6 +384,7 @@ def gated(
     graph: Graph, net: GatedResNet, x: str, side: int, fixed: Fixed | None = None
 ) -> tuple[str, str]:
     """Logits and the gates (1, K) of a ConvNet-AIG; each gate looks at its block's input."""
+    reading.check_gated(net)
     gates: list[str] = []
 
     def decide(k: int, x: str) -> str | bool:
@@ -395,12 +406,12 @@ def is_open(graph: Graph, gate: Gate, x: str) -> str:
     """Whether the logit of executing is the larger one: bool (1,), as OpenVINO wants it."""
     if type(gate) is not Gate:
         raise ValueError(f"no ONNX form of {type(gate).__name__} is known")
-    gate = deepcopy(gate).double().eval()
+    first, (weight, bias) = reading.gate_layers(gate, torch.float64)
     pooled = graph.add("Flatten", graph.add("GlobalAveragePool", x))
-    hidden = graph.add("Relu", linear(graph, pooled, fuse_linear_bn_eval(gate.fc1, gate.fc1bn)))
-    weight = graph.constant((gate.fc2.weight[OPEN] - gate.fc2.weight[CLOSED])[None], "weight")
+    hidden = graph.add("Relu", linear(graph, pooled, first))
+    weight = graph.constant((weight[OPEN] - weight[CLOSED])[None], "weight")
     # not a product with a vector, which not all runtimes know
     z = graph.add("Gemm", hidden, weight, transB=1)
     z = graph.add("Reshape", z, graph.constant(np.array([1]), "shape"))
-    bound = graph.constant((gate.fc2.bias[CLOSED] - gate.fc2.bias[OPEN]).view(1), "bound")
+    bound = graph.constant((bias[CLOSED] - bias[OPEN]).view(1), "bound")
     return graph.add("Greater", z, bound)

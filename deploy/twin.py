@@ -3,14 +3,13 @@
 Weights and activations stay in one dtype; `block` has what makes a block fast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import partial, wraps
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from models import (
     GatedResNet,
@@ -23,8 +22,8 @@ from models import (
 )
 from models.aig import CLOSED, OPEN, Gate
 
-from . import parts
-from .block import Batch, Block, Conv, refuse_unknown
+from . import parts, reading
+from .block import Batch, Block, Conv
 
 # Images that pass through the network together on a CPU: few make the overhead of a call weigh,
 # many leave the cache (benchmarks/README.md has the figures). A GPU takes the whole batch.
@@ -72,9 +71,9 @@ def deploy(
     """Inference-only copies of a ResNet and its policy on their device, all in `dtype`.
 
     policy: a `GreedyPolicy`, `PenaltyPolicy` or `StaticPolicy`; None where there is none. The
-    copies are called like the originals, also under autocast; logits are float32, or float64 where
-    `dtype` is that. Later changes of the originals do not reach them. Raises ValueError naming a
-    module that they have no twin for.
+    copies are called like the originals in evaluation mode, also under autocast; logits are
+    float32, or float64 where `dtype` is that. Later changes of the originals do not reach them.
+    Raises ValueError naming a module that they have no twin for, or one that has a forward hook.
     """
     with torch.no_grad():
         twin = DeployedGatedResNet if resnet.decides else DeployedResNet
@@ -85,6 +84,8 @@ def deploy_policy(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The inference-only copy of a policy module; see `deploy`."""
     if isinstance(policy, StaticPolicy):
         return deepcopy(policy)
+    if isinstance(policy, (GreedyPolicy, PenaltyPolicy)):
+        reading.check_policy(policy)
     if isinstance(policy, GreedyPolicy):
         return GreedyPolicy(DeployedPolicyNet(policy.policy_net, dtype))
     if isinstance(policy, PenaltyPolicy):
@@ -95,8 +96,9 @@ def deploy_policy(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
     )
 
 
-def linear(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return tuple(part.detach().to(dtype, copy=True) for part in (layer.weight, layer.bias))
+def kept(layer: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """A layer's weight and bias, which later changes of the original do not reach."""
+    return [part.detach().to(dtype, copy=True) for part in layer]
 
 
 class DeployedResNet(Twin):
@@ -106,8 +108,7 @@ class DeployedResNet(Twin):
 
     def __init__(self, resnet: ResNet, dtype: torch.dtype):
         super().__init__()
-        known = ("conv1", "bn1", "stem_pool", "blocks", "ds", "fc")
-        refuse_unknown(resnet, known, f"a {type(resnet).__name__}")
+        reading.check_resnet(resnet)
         self.num_blocks, self.dtype = resnet.num_blocks, dtype
         self.row_multiple = resnet.row_multiple
         self.wide = torch.promote_types(dtype, torch.float32)  # of pooling and everything after
@@ -121,7 +122,7 @@ class DeployedResNet(Twin):
         self.block_costs = torch.tensor(costs)
         self.fc = None
         if resnet.fc is not None:
-            self.fc = linear(resnet.fc, self.wide)
+            self.fc = kept(reading.linear(resnet.fc), self.wide)
 
     @inference
     def forward(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
@@ -215,12 +216,11 @@ class DeployedPolicyNet(Twin):
 
     def __init__(self, policy_net: PolicyNet, dtype: torch.dtype):
         super().__init__()
-        refuse_unknown(policy_net, ("shrink", "features", "logit", "vnet"), "a policy network")
         self.num_blocks = policy_net.num_blocks
         self.shrink = policy_net.shrink
         self.features = DeployedResNet(policy_net.features, dtype)
-        self.logit = linear(policy_net.logit, self.features.wide)
-        self.vnet = linear(policy_net.vnet, self.features.wide)
+        self.logit = kept(reading.linear(policy_net.logit), self.features.wide)
+        self.vnet = kept(reading.linear(policy_net.vnet), self.features.wide)
 
     @inference
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,14 +262,11 @@ class DeployedGate:
     """A gate's inference-only twin: (B, C, H, W) to (B,) bool."""
 
     def __init__(self, gate: Gate, dtype: torch.dtype):
-        refuse_unknown(gate, ("fc1", "fc1bn", "fc2"), "a gate")
-        if type(gate).forward is not Gate.forward:
-            raise ValueError(f"deploy does not know {type(gate).__name__}.forward")
         self.pool = gate.pool
-        gate = deepcopy(gate).eval()
         self.wide = torch.promote_types(dtype, torch.float32)
-        self.hidden = linear(fuse_linear_bn_eval(gate.fc1, gate.fc1bn), self.wide)
-        weight, bias = linear(gate.fc2, self.wide)
+        self.hidden, (weight, bias) = (
+            kept(layer, self.wide) for layer in reading.gate_layers(gate)
+        )
         self.weight, self.bias = weight[OPEN] - weight[CLOSED], bias[OPEN] - bias[CLOSED]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -285,7 +282,7 @@ class DeployedGatedResNet(Twin):
 
     def __init__(self, net: GatedResNet, dtype: torch.dtype):
         super().__init__()
-        refuse_unknown(net, ("resnet", "gates"), "a GatedResNet")
+        reading.check_gated(net)
         self.num_blocks = net.num_blocks
         self.resnet = DeployedResNet(net.resnet, dtype)
         self.gates = [

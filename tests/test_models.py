@@ -276,3 +276,34 @@ def test_a_block_that_every_image_drops_learns_nothing(execution):
     assert not any(name.startswith("blocks.1.0.") for name in changed)
     assert {"blocks.0.0.bn1.running_var", "blocks.2.0.bn2.running_mean"} <= changed
     assert resnet.blocks[1][0].conv1.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["R14_C10", "R18_Folder", "AIG14_C10"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_hooks_of_blocks_keep_what_they_saw(name, dropped):
+    torch.manual_seed(0)
+    net, _ = models.build(name, 10) if name == "R18_Folder" else models.build(name)
+    net = random_norms(net).eval()
+    resnet = net.resnet if net.decides else net
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    policy = torch.ones(3, resnet.num_blocks)
+    policy[0] = 0
+    call = (x, policy) if dropped and not net.decides else (x,)
+    unhooked = net(*call)
+    seen, gradients = [], []
+
+    def see(block, inputs, output):
+        seen.append((block, inputs[0], output))
+
+    for branch, _ in resnet.units():
+        branch.register_forward_hook(see)
+        branch.register_full_backward_hook(lambda *of: gradients.append(of[0]))
+    out = net(*call)
+    logits, unhooked = (y[0] if net.decides else y for y in (out, unhooked))
+    assert torch.equal(logits, unhooked)
+    logits.sum().backward()
+    blocks = [block for block, _, _ in seen]
+    assert gradients == blocks[::-1] and (net.decides or len(blocks) == resnet.num_blocks)
+    for block, given, output in seen:
+        assert len(output) == (2 if len(call) == 2 else 3) or net.decides
+        assert torch.equal(block.forward(given), output)
