@@ -21,9 +21,30 @@ RENAMES = (
     (r"^linear\.", "fc."),
 )
 
+# a layer of Hugging Face's ResNets: of the stem, of a block, of its shortcut
+TRANSFORMERS = (
+    r"(?:embedder\.embedder|encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:layer\.(\d+)|shortcut))"
+    r"\.(convolution|normalization)\."
+)
+
 
 def has_stem(state: State, anchor: str = STEM) -> bool:
-    return any(f".{name}".endswith(f".{anchor}") for name in state)
+    return any(f".{name}".endswith(f".{anchor}") for name in map(torchvision_name, state))
+
+
+def torchvision_name(name: str) -> str:
+    """A tensor's name in torchvision's ResNets, from that in Hugging Face's transformers."""
+
+    def place(match: re.Match) -> str:
+        stage, block, layer, kind = match.groups()
+        is_conv = kind == "convolution"
+        own = f"{'conv' if is_conv else 'bn'}{int(layer or 0) + 1}."
+        if stage is None:
+            return own
+        own = f"downsample.{0 if is_conv else 1}." if layer is None else own
+        return f"layer{int(stage) + 1}.{block}.{own}"
+
+    return re.sub(r"^classifier\.1\.", "fc.", re.sub(TRANSFORMERS, place, name))
 
 
 def unwrapped(state: State, anchor: str = STEM) -> State:
@@ -33,6 +54,7 @@ def unwrapped(state: State, anchor: str = STEM) -> State:
     anchor: a tensor of the network itself. What lies elsewhere is left out, but for a classifier
     that stands beside its backbone.
     """
+    state = {torchvision_name(name): tensor for name, tensor in state.items()}
     found = [n.removesuffix(anchor) for n in state if f".{n}".endswith(f".{anchor}")]
     # of a network and the copy that follows it, the network
     first = [prefix for prefix in found if not any(copy in prefix for copy in FOLLOWERS)]
@@ -45,8 +67,8 @@ def unwrapped(state: State, anchor: str = STEM) -> State:
 
 
 def our_names(state: State, anchor: str = STEM) -> dict[str, Tensor]:
-    """Rename tensors of other ResNet codes, such as felixgwu/img_classification_pk, torchvision and
-    akamaster/pytorch_resnet_cifar10, to ours. anchor: see `unwrapped`.
+    """Rename tensors of other ResNet codes, such as felixgwu/img_classification_pk, torchvision,
+    transformers and akamaster/pytorch_resnet_cifar10, to ours. anchor: see `unwrapped`.
     """
     renamed = {}
     for name, tensor in unwrapped(state, anchor).items():

@@ -512,3 +512,40 @@ def test_a_name_may_stand_where_this_code_has_a_network(tmp_path):
     torch.save(content, tmp_path / "x.pth")
     bases.read_for(models.config(TINY), tmp_path / "x.pth").load_into(target)
     assert same_output(source, target)
+
+
+def in_transformers(name):
+    """A tensor's name in Hugging Face's ResNetForImageClassification, from torchvision's."""
+    name = re.sub(r"^fc\.", "classifier.1.", name)
+    parts = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
+    name = re.sub(r"^(conv|bn)1\.", lambda m: f"embedder.embedder.{parts[m[1]]}.", name)
+
+    def in_a_block(match):
+        stage, block, kind, number, shortcut = match.groups()
+        place = "shortcut" if shortcut else f"layer.{int(number or 0) - 1}"
+        stage = f"encoder.stages.{int(stage) - 1}.layers.{block}"
+        return f"{stage}.{place}.{parts[kind or shortcut]}."
+
+    name = re.sub(r"^layer(\d)\.(\d)\.(?:(conv|bn)(\d)|downsample\.(\d))\.", in_a_block, name)
+    return name if name.startswith("classifier.") else f"resnet.{name}"
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_weights_of_transformers(depth, tmp_path):
+    import torchvision
+
+    published = torchvision.models.get_model(f"resnet{depth}").state_dict()
+    theirs = {in_transformers(name): tensor for name, tensor in published.items()}
+    # as its own files have them
+    assert {
+        "resnet.embedder.embedder.normalization.running_mean",
+        "resnet.encoder.stages.1.layers.0.shortcut.convolution.weight",
+        "resnet.encoder.stages.3.layers.1.layer.1.normalization.bias",
+        "classifier.1.weight",
+    } <= set(theirs)
+    torch.save(theirs, tmp_path / "x.pt")
+    resnet, expected = (models.build(f"R{depth}_ImgNet")[0] for _ in range(2))
+    engine.storage.read(tmp_path / "x.pt").load_into(resnet)
+    models.load_resnet(expected, published)
+    own = resnet.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in expected.state_dict().items())
