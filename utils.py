@@ -198,7 +198,8 @@ def shuffled(policies: Tensor, seed: int) -> Tensor:
 
     What a policy's accuracy loses by it is what its decisions owe to the image.
     """
-    order = torch.randperm(len(policies), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(len(policies), generator=generator, device="cpu")
     return policies[order.to(policies.device)]
 
 
@@ -241,8 +242,8 @@ def static_policy(name: str, stages: Sequence[int], seed: int = 0) -> Tensor:
     if kind == "first":
         policy[:keep] = 1
     elif kind == "random":
-        generator = torch.Generator().manual_seed(seed)
-        policy[torch.randperm(num_blocks, generator=generator)[:keep]] = 1
+        generator = torch.Generator("cpu").manual_seed(seed)
+        policy[torch.randperm(num_blocks, generator=generator, device="cpu")[:keep]] = 1
     else:
         shares = [0] * len(stages)
         while sum(shares) < keep:
@@ -346,15 +347,24 @@ def count_flops(module: nn.Module, input_size: Sequence[int], *args: Tensor) -> 
 
     2 per multiply-add in convolutions and linear layers; further inputs may follow the image.
     """
-    parameter = next(module.parameters())
+    parameter = first_parameter(module)
     image = torch.zeros(1, *input_size, dtype=parameter.dtype, device=parameter.device)
     training = [part for part in module.modules() if part.training]
     module.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(image, *args)
-    for part in training:  # a frozen one stays as it was
-        part.training = True
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(image, *args)
+    finally:
+        for part in training:  # a frozen one stays as it was
+            part.training = True
     return counter.get_total_flops()
+
+
+def first_parameter(module: nn.Module) -> Tensor:
+    """Raises ValueError for a module that has none."""
+    for parameter in module.parameters():
+        return parameter
+    raise ValueError(f"a {type(module).__name__} has no parameters: count what it was made of")
 
 
 def block_flops(resnet: nn.Module, input_size: Sequence[int]) -> tuple[int, Tensor]:
@@ -362,8 +372,7 @@ def block_flops(resnet: nn.Module, input_size: Sequence[int]) -> tuple[int, Tens
 
     Returns an int and a (K,) float64 tensor; an image's FLOPs are fixed + policy @ per_block.
     """
-    device = next(resnet.parameters()).device
-    policies = torch.eye(resnet.num_blocks, device=device)
+    policies = torch.eye(resnet.num_blocks, device=first_parameter(resnet).device)
     fixed = count_flops(resnet, input_size, torch.zeros_like(policies[:1]))
     alone = [count_flops(resnet, input_size, policy[None]) for policy in policies]
     return fixed, torch.tensor(alone, dtype=torch.float64) - fixed

@@ -6,6 +6,7 @@ it, so the others are not touched.
 """
 
 import math
+from copy import deepcopy
 from functools import cache
 
 import torch
@@ -49,6 +50,10 @@ def count_flops() -> None:
     flop_counter.register_flop_formula(ops._convolution_pointwise_)(in_place)
 
 
+# Packed copies that a convolution keeps: for one and for several images, two numbers of threads and
+# two sizes of images.
+PACKINGS = 8
+
 # Multiply-adds of a block on one image from which to copy it costs more than to call kernels more
 # often: kept images then run where they are, neighbours together.
 IN_PLACE = 30e6
@@ -78,11 +83,11 @@ class Conv:
         """
         size = (1 if len(x) == 1 else PACKED_BATCH, *x.shape[1:])
         kind = (torch.get_num_threads(), *size)
-        if kind not in self.packed:
-            self.packed[kind] = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, *self.geometry, size
-            )
-        return self.packed[kind]
+        weight = self.packed.get(kind)
+        if weight is None:
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, size)
+            self.packed = dict([*self.packed.items(), (kind, weight)][-PACKINGS:])
+        return weight
 
     def plain(self, x: Tensor) -> Tensor:
         if self.onednn:
@@ -149,7 +154,7 @@ class Block:
             self.work += self.shrinks * conv.weight.numel()
         self.is_identity = isinstance(shortcut, nn.Identity)
         projection = reading.shortcut_layers(shortcut)
-        self.shortcut = shortcut if projection is None else Conv(*projection, dtype).plain
+        self.shortcut = deepcopy(shortcut) if projection is None else Conv(*projection, dtype).plain
 
     def run(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """relu(shortcut + F(x)), written over `shortcut`, which may be x itself."""

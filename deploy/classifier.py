@@ -1,7 +1,5 @@
 """Images in, logits out: what decides and what computes, in one module."""
 
-from operator import attrgetter
-
 import torch
 from torch import Tensor, nn
 
@@ -9,14 +7,16 @@ import models
 from models import GatedResNet, PenaltyPolicy, ResNet
 
 from .twin import deploy
+from .watch import Watch
 
 
 class Classifier(nn.Module):
     """A network with its policy, called with pixels.
 
     In evaluation mode it computes with deployed copies (`deploy`), made anew at the first call
-    after weights, their device or their dtype have changed, also inside its parts; call `eval()`
-    after a part was replaced or written to through `.data`. In training mode it computes with the
+    after weights, their device, their dtype or a setting such as `look_at` have changed, also
+    inside its parts; call `eval()` after a part was replaced or written into through `.data`. In
+    training mode it computes with the
     networks themselves, whose gates then sample. `policy_module` decides, a policy module as
     `deploy` takes, or None where the ResNet decides by itself; the penalty of a `PenaltyPolicy` may
     be set anew at any time.
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
         for name, value in (("mean", config.mean), ("std", config.std)):
             value = torch.tensor(value, dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
-        self._deployed, self._tensors, self._changes = None, [], 0
+        self._deployed, self._watch, self._settings = None, None, ()
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), uint8 or float in [0, 1], RGB. Returns logits (B, classes)."""
@@ -55,21 +55,21 @@ class Classifier(nn.Module):
     def _networks(self) -> tuple[nn.Module, nn.Module | None]:
         if self.training:
             return self.resnet, self.policy_module
-        if self._deployed is None or self._versions() != self._changes:
+        settings = self._set()
+        if self._deployed is None or settings != self._settings or not self._watch.unchanged():
             dtype = next(self.resnet.parameters()).dtype
             self._deployed = deploy(self.resnet, self.policy_module, dtype)
-            every = (*self.parameters(), *self.buffers())
-            # one that was made in inference mode has no version, and cannot be changed outside
-            self._tensors = [tensor for tensor in every if not tensor.is_inference()]
-            self._changes = self._versions()
+            self._watch, self._settings = Watch(self), settings
         resnet, policy = self._deployed
         if isinstance(policy, PenaltyPolicy):
             policy.penalty = self.policy_module.penalty
         return resnet, policy
 
-    def _versions(self) -> int:
-        """A number that grows whenever a weight changes in place."""
-        return sum(map(attrgetter("_version"), self._tensors))
+    def _set(self) -> tuple:
+        """Settings of the networks that are no tensors."""
+        policy_net = getattr(self.policy_module, "policy_net", None)
+        names = ((self.resnet, "always_on"), (self.resnet, "shortcuts"), (policy_net, "size"))
+        return tuple(getattr(network, name, None) for network, name in names)
 
     def _forget(self) -> None:
         """What follows may change the weights."""
@@ -88,4 +88,4 @@ class Classifier(nn.Module):
         return super().load_state_dict(*args, **options)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_deployed": None, "_tensors": []}  # made anew where it is wanted
+        return {**self.__dict__, "_deployed": None, "_watch": None}  # made anew where it is wanted

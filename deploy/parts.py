@@ -101,6 +101,6 @@ def balanced(cost: Tensor, parts: int) -> list[Tensor]:
     forwards and backwards in turn, so that parts cost alike and costs fall within each.
     """
     order = cost.argsort(descending=True, stable=True)
-    place = torch.arange(len(cost)) % (2 * parts)
+    place = torch.arange(len(cost), device=cost.device) % (2 * parts)
     place = torch.minimum(place, 2 * parts - 1 - place)
     return [order[place == part] for part in range(parts)]

@@ -49,7 +49,11 @@ def check(
 def folded(
     conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution with its BatchNorm folded in; in `dtype`, or their own."""
+    """Weight and bias of a convolution with its BatchNorm folded in.
+
+    In `dtype`, or their own, float32 at least.
+    """
+    dtype = dtype or torch.promote_types(conv.weight.dtype, torch.float32)
     check(conv, nn.Conv2d)
     for name, usual in {"dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}.items():
         if (value := getattr(conv, name)) != usual:

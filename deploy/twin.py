@@ -75,6 +75,9 @@ def deploy(
     float32, or float64 where `dtype` is that. Later changes of the originals do not reach them.
     Raises ValueError naming a module that they have no twin for, or one that has a forward hook.
     """
+    if not isinstance(resnet, (ResNet, GatedResNet)):
+        kind = type(resnet).__name__
+        raise ValueError(f"deploy takes a ResNet, not a {kind}: where one is wrapped, its .module")
     with torch.no_grad():
         twin = DeployedGatedResNet if resnet.decides else DeployedResNet
         return twin(resnet, dtype), policy and deploy_policy(policy, dtype)
@@ -113,7 +116,7 @@ class DeployedResNet(Twin):
         self.row_multiple = resnet.row_multiple
         self.wide = torch.promote_types(dtype, torch.float32)  # of pooling and everything after
         self.conv1 = Conv(resnet.conv1, resnet.bn1, dtype)
-        self.pool = resnet.stem_pool
+        self.pool = deepcopy(resnet.stem_pool)
         self.blocks = [Block(branch, shortcut, dtype) for branch, shortcut in resnet.units()]
         area, costs = 1.0, []  # of a block's input, in parts of the first one's
         for block in self.blocks:
@@ -217,7 +220,7 @@ class DeployedPolicyNet(Twin):
     def __init__(self, policy_net: PolicyNet, dtype: torch.dtype):
         super().__init__()
         self.num_blocks = policy_net.num_blocks
-        self.shrink = policy_net.shrink
+        self.shrink = deepcopy(policy_net.shrink)
         self.features = DeployedResNet(policy_net.features, dtype)
         self.logit = kept(reading.linear(policy_net.logit), self.features.wide)
         self.vnet = kept(reading.linear(policy_net.vnet), self.features.wide)

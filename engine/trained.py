@@ -71,7 +71,6 @@ class TrainedModel:
         if self.args.policy:
             raise UserError(f"{self.args.model} decides by its gates: leave --policy out")
         bases.load_into(self.resnet, found)
-        self.resnet.set_targets(found.targets)
 
     def _load(self, found: Checkpoint, policy_net: models.PolicyNet) -> nn.Module:
         """BlockDrop, or the base ResNet alone. Returns who decides."""

@@ -53,8 +53,9 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W), the block's input. Returns logits (B, 2), float32 or wider."""
         with torch.autocast(x.device.type, enabled=False):
-            pooled = self.pool(x, torch.promote_types(x.dtype, torch.float32))
-            return self.fc2(F.relu(self.normalise(self.fc1(pooled))))
+            wide = torch.promote_types(x.dtype, torch.float32)
+            pooled = self.pool(x, wide).to(self.fc1.weight.dtype)
+            return self.fc2(F.relu(self.normalise(self.fc1(pooled)))).to(wide)
 
     @staticmethod
     def pool(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,7 +92,12 @@ class GatedResNet(nn.Module):
         self.always_on: frozenset[int] = frozenset()
 
     def set_targets(self, targets: Sequence[float]) -> None:
-        """Blocks with a target rate of 1 are executed always. targets: K rates."""
+        """Blocks with a target rate of 1 are executed always. targets: K rates, or none.
+
+        Raises ValueError for another number of them.
+        """
+        if len(targets) not in (0, self.num_blocks):
+            raise ValueError(f"{len(targets)} target rates for {self.num_blocks} blocks")
         self.always_on = frozenset(k for k, target in enumerate(targets) if target >= 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +113,7 @@ class GatedResNet(nn.Module):
                 executed.append(x.new_ones(len(x), dtype=torch.float32))
                 continue
             gate = self.decide(self.gates[k](x))
-            if self.training:
+            if self.training or self.resnet.execution == "masked":
                 x = dense(branch, shortcut, x, gate)
             else:
                 rows = execution.open_rows(gate, self.resnet.multiple())

@@ -79,7 +79,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, content: Mapping[str, Any], path: str | Path) -> "Checkpoint":
-        """The same of what `content` returned."""
+        """The same of what `content` returned. Raises ValueError for several ResNets in one."""
         own = {n: content[n] for n, kind in KINDS.items() if isinstance(content.get(n), kind)}
         if own.get("stage") not in STAGES:
             own.pop("stage", None)
@@ -97,7 +97,11 @@ class Checkpoint:
             with suppress(ValueError):  # another code's name
                 normalisation = config(model).normalisation
         shortcuts = own.get("shortcuts", "pool")
-        if resnet is not None and subsamples(resnet):
+        try:
+            subsampling = resnet is not None and subsamples(resnet)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if subsampling:
             shortcuts = "subsample"
             normalisation = normalisation or config("R50_ImgNet").normalisation  # as its code has
         return cls(
@@ -150,7 +154,8 @@ class Checkpoint:
         return f"{self.path}: holds no ResNet (neither state_dict nor resnet)"
 
     def load_into(self, network: nn.Module) -> None:
-        """Load a network, by what kind of network it is.
+        """Load a network, by what kind of network it is, with its settings: the pixels that a
+        policy network looks at, a ResNet's shortcuts, the target rates of gates.
 
         Raises ValueError naming the tensor that is missing, extra or wrongly shaped.
         """
@@ -172,6 +177,8 @@ class Checkpoint:
             raise ValueError(missing)
         try:
             load(network, state)
+            if isinstance(network, GatedResNet):
+                network.set_targets(self.targets)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 

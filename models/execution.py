@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 Unit = tuple[nn.Module, nn.Module]
 
 
 def writable(branch: nn.Module, x: Tensor) -> Tensor:
-    """branch(x), which may be written over: a copy of it where a hook was given the tensor."""
+    """branch(x), which may be written over: a copy, unless nobody else can have the tensor."""
     branched = branch(x)
-    return branched.clone() if branch._forward_hooks or branch._backward_hooks else branched
+    hooks = branch._forward_hooks or branch._backward_hooks or branch._backward_pre_hooks
+    if hooks or _has_any_global_hook() or not type(branch).__dict__.get("gives_away"):
+        return branched.clone()
+    return branched
 
 
 def block(branch: nn.Module, shortcut: nn.Module, x: Tensor) -> Tensor:
@@ -240,13 +244,13 @@ def masked(
     As released, a block that no row keeps is not run, and its BatchNorm learns nothing. Where
     ranks share BatchNorm's statistics they have to come to it together, and all are run.
     """
-    keep = policy.bool()
+    keep = policy != 0  # a tensor of its own, for policies of inference mode cannot be kept
     if torch.jit.is_tracing():  # it has to hold for every policy
         counts = [len(x)] * len(units)
     counts = kept_counts(policy) if counts is None else counts
     for k, ((branch, shortcut), count) in enumerate(zip(units, counts, strict=True)):
         dropped = shortcut(x)
-        if not count and not isinstance(branch.bn1, nn.SyncBatchNorm):
+        if not count and not any(isinstance(m, nn.SyncBatchNorm) for m in branch.children()):
             x = dropped
             continue
         x = torch.where(keep[:, k, None, None, None], F.relu(dropped + branch(x)), dropped)

@@ -172,7 +172,7 @@ def build(
     num_classes: other than the data set's own. Raises ValueError for an unknown name.
     """
     spec = config(name)
-    spec = replace(spec, num_classes=num_classes or spec.num_classes)
+    spec = replace(spec, num_classes=spec.num_classes if num_classes is None else num_classes)
     if spec.gated:
         return GatedResNet(ungated(spec), GATES[letters(name)]), None
     if spec.has_pictures:

@@ -18,6 +18,7 @@ class BasicBlock(nn.Module):
     """Residual branch F of two 3x3 convolutions; the caller adds the shortcut and the relu."""
 
     expansion = 1
+    gives_away = True  # its output, which the caller may write over; a subclass has to say it anew
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1):
         super().__init__()
@@ -35,6 +36,7 @@ class Bottleneck(nn.Module):
     """Residual branch F of 1x1, 3x3, 1x1 convolutions, the stride on the 3x3 as in torchvision."""
 
     expansion = 4
+    gives_away = True
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1):
         super().__init__()
@@ -52,13 +54,19 @@ class Bottleneck(nn.Module):
 
 
 class PoolAndPad(nn.Module):
-    """Parameter-free shortcut: 2x2 average pooling, then zero channels up to `out_channels`."""
+    """Parameter-free shortcut: 2x2 average pooling, then zero channels up to `out_channels`.
+
+    Raises ValueError for an odd height or width, which a convolution of stride 2 would round up.
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.extra_channels = out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2] % 2 or x.shape[-1] % 2:
+            size = "x".join(map(str, x.shape[-2:]))
+            raise ValueError(f"{size} cannot be halved: images need sides that are multiples of 4")
         return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, self.extra_channels))
 
 
@@ -76,6 +84,7 @@ class SubsampleAndPad(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.behind))
 
 
+EXECUTIONS = ("sparse", "masked")
 FREE_SHORTCUTS = {"pool": PoolAndPad, "subsample": SubsampleAndPad}  # those without parameters
 
 
@@ -124,6 +133,17 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def execution(self) -> str:
+        """How a policy is executed, one of EXECUTIONS; see `execution`."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, name: str) -> None:
+        if name not in EXECUTIONS:
+            raise ValueError(f"execution {name!r}: only {' and '.join(EXECUTIONS)} are known")
+        self._execution = name
 
     def units(self) -> list[tuple[nn.Module, nn.Module]]:
         """All K blocks in order, as (residual branch, shortcut)."""
@@ -181,8 +201,10 @@ class ResNet(nn.Module):
         x = F.adaptive_avg_pool2d(x, 1).flatten(1)
         if self.fc is None:
             return x
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dtype = next((weight.dtype for weight in self.fc.parameters()), wide)
         with torch.autocast(x.device.type, enabled=False):
-            return self.fc(x.to(self.fc.weight.dtype))
+            return self.fc(x.to(dtype))
 
 
 class CifarResNet(ResNet):

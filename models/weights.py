@@ -14,6 +14,7 @@ State = Mapping[str, Tensor]
 
 STEM = "conv1.weight"
 FOLLOWERS = ("encoder_k.", "ema.", "ema_model.", "teacher.", "momentum_encoder.", "target.")
+FIRST_BLOCKS = ("layer1.0.", "blocks.0.0.")
 CLASSIFIERS = ("fc.", "linear.")
 RENAMES = (
     (r"^layer(\d+)\.0\.(downsample|shortcut)\.", lambda m: f"ds.{int(m[1]) - 1}."),
@@ -52,13 +53,18 @@ def unwrapped(state: State, anchor: str = STEM) -> State:
     with a backbone, MoCo with two encoders.
 
     anchor: a tensor of the network itself. What lies elsewhere is left out, but for a classifier
-    that stands beside its backbone.
+    that stands beside its backbone. Raises ValueError where there are several of equal standing.
     """
     state = {torchvision_name(name): tensor for name, tensor in state.items()}
     found = [n.removesuffix(anchor) for n in state if f".{n}".endswith(f".{anchor}")]
     # of a network and the copy that follows it, the network
-    first = [prefix for prefix in found if not any(copy in prefix for copy in FOLLOWERS)]
-    prefix = min(first or found, key=lambda prefix: (len(prefix), prefix), default="")
+    first = [prefix for prefix in found if not any(copy in prefix for copy in FOLLOWERS)] or found
+    whole = [p for p in first if any(f"{p}{block}conv1.weight" in state for block in FIRST_BLOCKS)]
+    prefix = min(whole or first, key=lambda prefix: (len(prefix), prefix), default="")
+    if others := [other for other in whole if not other.startswith(prefix)]:
+        raise ValueError(
+            f"holds several ResNets, under {prefix} and {others[0]}: save the one that is meant"
+        )
     if not prefix:
         return state
     inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}

@@ -9,6 +9,7 @@ from test_models import random_norms
 from torch import nn
 
 import models
+import utils
 from deploy import block as deployed_block
 from deploy import onnx_graph, twin
 from models import GreedyPolicy, capabilities, execution
@@ -418,3 +419,56 @@ def test_torchs_counter_counts_a_copys_flops(name):
             network(x, policy)
         found.append(counter.get_total_flops())
     assert found[0] == found[1] > 1e6
+
+
+def test_sizes_of_images_do_not_add_up():
+    resnet, _ = models.build("R14_C10")
+    fast, _ = models.deploy(resnet.eval())
+    if not fast.conv1.onednn:
+        pytest.skip("no fused convolutions here")
+    with torch.no_grad():
+        for side in range(8, 64, 4):
+            x = torch.rand(2, 3, side, side)
+            torch.testing.assert_close(fast(x), resnet(x), rtol=1e-4, atol=1e-4)
+    assert len(fast.conv1.packed) == len(fast.blocks[3].convs[0].packed) == deployed_block.PACKINGS
+
+
+def test_a_copy_shares_no_pooling():
+    resnet, policy_net = models.build("R18_Folder", 10)
+    fast, policy = models.deploy(resnet.eval(), GreedyPolicy(policy_net))
+    x = torch.rand(2, 3, 64, 64)
+    before, chosen = fast(x), policy(x)
+    resnet.stem_pool.stride = 1
+    policy_net.shrink = nn.AvgPool2d(2)
+    assert torch.equal(fast(x), before) and torch.equal(policy(x), chosen)
+
+
+def test_a_wrapped_network_is_named():
+    resnet, _ = models.build("R14_C10")
+    with pytest.raises(ValueError, match="not a DataParallel: where one is wrapped, its .module"):
+        models.deploy(nn.DataParallel(resnet))
+
+
+def test_a_default_device_changes_nothing():
+    resnet, _ = models.build("R14_C10")
+    fast, _ = models.deploy(resnet.eval())
+    x, policy = torch.rand(4, 3, 32, 32), torch.eye(6)[:4]
+    expected = fast(x, policy)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(fast(x, policy), expected)
+            assert not utils.shuffled(policy, 0).is_meta
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_half_precision_is_folded_in_float32():
+    torch.manual_seed(0)
+    resnet = random_norms(models.build("R14_C10")[0]).bfloat16().eval()
+    exact = copy.deepcopy(resnet).double()
+    fast, _ = models.deploy(resnet)
+    x = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x).double(), exact(x.double()), rtol=1e-4, atol=1e-4)

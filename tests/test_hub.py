@@ -183,6 +183,75 @@ def test_a_classifier_follows_its_parts(images):
         torch.testing.assert_close(logits, anew)
 
 
+def prune_classifier(net):
+    torch.nn.utils.prune.l1_unstructured(net.resnet.fc, "weight", 0.9)
+
+
+def fused_step(net):
+    net.resnet.fc.weight.grad = torch.ones_like(net.resnet.fc.weight)
+    torch.optim.SGD([net.resnet.fc.weight], lr=1.0, fused=True).step()
+
+
+def assigned(net):
+    net.resnet.fc.load_state_dict(
+        {name: 2 * tensor for name, tensor in net.resnet.fc.state_dict().items()}, assign=True
+    )
+
+
+CHANGES = {
+    "pruned": prune_classifier,
+    "a fused optimizer": fused_step,
+    "assigned": assigned,
+    "data": lambda net: setattr(net.resnet.fc.weight, "data", 2 * net.resnet.fc.weight.data),
+    "shortcuts": lambda net: net.resnet.take_shortcuts("subsample"),
+    "pixels of the policy": lambda net: net.policy_module.policy_net.look_at(16),
+    "dtype of a part": lambda net: net.resnet.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_classifier_follows_what_leaves_no_trace_in_a_tensor(images, change):
+    torch.manual_seed(0)
+    config = models.config("R14_C10")
+    net = Classifier(*decided(*models.build("R14_C10")), config).eval()
+    before = net(images), net.policy(images)
+    deployed = net._networks()[0]
+    assert net._networks()[0] is deployed
+    change(net)
+    anew = Classifier(net.resnet, net.policy_module, config).eval()
+    torch.testing.assert_close(net(images), anew(images))
+    assert torch.equal(net.policy(images), anew.policy(images))
+    is_same = torch.equal(net(images), before[0]) and torch.equal(net.policy(images), before[1])
+    assert not is_same or net._networks()[0] is not deployed
+
+
+def decided(resnet, policy_net):
+    """With a policy that differs between images."""
+    with torch.no_grad():
+        policy_net.logit.weight.mul_(100)
+    return resnet, models.GreedyPolicy(policy_net)
+
+
+def test_a_classifier_called_functionally_forgets_again(images):
+    torch.manual_seed(0)
+    net = Classifier(*decided(*models.build("R14_C10")), models.config("R14_C10")).eval()
+    zeros = {f"resnet.fc.{n}": torch.zeros_like(t) for n, t in net.resnet.fc.named_parameters()}
+    for _ in range(2):  # as the first call, and behind one
+        assert torch.func.functional_call(net, zeros, (images,)).abs().max() == 0
+        assert net(images).abs().max() > 0
+
+
+def test_a_classifier_follows_target_rates(images):
+    torch.manual_seed(0)
+    net = Classifier(models.build("AIG14_C10")[0], None, models.config("AIG14_C10")).eval()
+    with torch.no_grad():
+        for gate in net.resnet.gates:
+            gate.fc2.bias.copy_(torch.tensor([3.0, 0.0]))
+    assert net.policy(images).sum() == 0
+    net.resnet.set_targets([1.0] * 6)
+    assert net.policy(images).all()
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_classifiers_logits_may_go_into_a_network_that_learns(images, training):
     resnet, policy_net = models.build("R14_C10")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import TINY
+from torch import nn
 from torch.nn import functional as F
 
 import models
@@ -307,3 +308,128 @@ def test_hooks_of_blocks_keep_what_they_saw(name, dropped):
     for block, given, output in seen:
         assert len(output) == (2 if len(call) == 2 else 3) or net.decides
         assert torch.equal(block.forward(given), output)
+
+
+def test_global_hooks_and_blocks_of_ones_own_keep_what_they_saw():
+    class Keeping(models.resnet.BasicBlock):
+        def forward(self, x):
+            self.last = super().forward(x).relu()
+            return self.last
+
+    torch.manual_seed(0)
+    resnet = random_norms(models.build("R14_C10")[0]).eval()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    seen = []
+
+    def see(module, inputs, output):
+        if isinstance(module, models.resnet.BasicBlock):
+            seen.append((output, output.clone()))
+
+    with nn.modules.module.register_module_forward_hook(see):
+        resnet(x)
+    assert len(seen) == 6 and all(torch.equal(output, then) for output, then in seen)
+    block = resnet.blocks[1][1]
+    block.__class__ = Keeping
+    with block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0])):
+        resnet(x).sum().backward()
+    assert torch.equal(block.last, models.resnet.BasicBlock.forward(block, seen[-1]).relu())
+    # what is called before the gradient of a block's output is known
+    block.__class__ = models.resnet.BasicBlock
+    block.register_full_backward_pre_hook(lambda block, gradients: seen.append(gradients))
+    resnet(x).sum().backward()
+    assert seen[-1][0].shape == block.last.shape
+
+
+def test_only_known_executions_are_taken():
+    resnet, _ = models.build(TINY)
+    with pytest.raises(ValueError, match="'mask': only sparse and masked are known"):
+        resnet.execution = "mask"
+    assert resnet.execution == "sparse"
+
+
+@pytest.mark.parametrize(
+    "head, outputs",
+    [(nn.Identity(), 64), (nn.Sequential(nn.Dropout(), nn.Linear(64, 5)), 5), (None, 64)],
+)
+def test_any_head_may_follow(head, outputs):
+    torch.manual_seed(0)
+    resnet = models.build(TINY)[0].eval()
+    resnet.fc = head
+    x, policy = torch.rand(3, 3, 32, 32), torch.tensor([[1.0, 0, 1, 0, 1, 1]] * 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert resnet(x, policy).shape == (3, outputs)
+        assert resnet(x).dtype == (torch.bfloat16 if head is None else torch.float32)
+
+
+@pytest.mark.parametrize("name", ["R14_C10", "AIG14_C10"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_in_half_precision(name, dtype):
+    torch.manual_seed(0)
+    net, _ = models.build(name)
+    net = net.eval()
+    x = torch.rand(3, 3, 32, 32)
+    expected = net(x)
+    logits = net.to(dtype)(x.to(dtype))
+    if net.decides:
+        assert torch.equal(logits[1].float(), expected[1])
+        logits, expected = logits[0], expected[0]
+    torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_masked_policies_of_inference_mode():
+    resnet = models.build(TINY)[0].train()
+    resnet.execution = "masked"
+    with torch.inference_mode():
+        policy = torch.ones(4, 6, dtype=torch.bool)
+        policy[0, 2] = False
+    resnet(torch.rand(4, 3, 32, 32), policy).sum().backward()
+    assert resnet.conv1.weight.grad is not None
+
+
+def test_gated_networks_may_be_masked():
+    torch.manual_seed(0)
+    net = random_norms(models.build("AIG14_C10")[0]).eval()
+    x = torch.randn(16, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        gate = net.gates[3]
+        gate.fc2.bias.zero_()
+        given = []
+        with gate.register_forward_hook(lambda _, __, z: given.append(z.diff().median())):
+            net(x)
+        gate.fc2.bias[models.aig.OPEN] = -given[0]  # open for half of the images
+        logits, gates = net(x)
+        some = next(k for k, count in enumerate(gates.sum(0).tolist()) if 0 < count < 16)
+        seen = []
+        branch, _ = net.resnet.units()[some]
+        branch.register_forward_hook(lambda *of: seen.append(len(of[2])))
+        net(x)
+        net.resnet.execution = "masked"
+        masked, same = net(x)
+    torch.testing.assert_close(masked, logits, rtol=1e-12, atol=1e-12)
+    assert torch.equal(same, gates) and seen == [gates[:, some].sum(), 16]
+
+
+def test_as_many_target_rates_as_blocks():
+    net, _ = models.build("AIG14_C10")
+    with pytest.raises(ValueError, match="20 target rates for 6 blocks"):
+        net.set_targets([1.0] * 20)
+    net.set_targets([])
+    assert not net.always_on
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("size, halves", [(30, "15x15"), (33, "33x33")])
+def test_images_that_cannot_be_halved(size, halves, deployed):
+    resnet = models.build(TINY)[0].eval()
+    network = models.deploy(resnet)[0] if deployed else resnet
+    with pytest.raises(ValueError, match=f"{halves} cannot be halved: .* multiples of 4"):
+        network(torch.rand(2, 3, size, size), torch.zeros(2, 6))
+
+
+def test_flops_that_cannot_be_counted_leave_the_mode():
+    resnet = models.build(TINY)[0].train()
+    with pytest.raises(ValueError, match="policy has shape"):
+        utils.count_flops(resnet, (3, 32, 32), torch.ones(1, 5))
+    assert resnet.training
+    with pytest.raises(ValueError, match="DeployedResNet has no parameters: count what"):
+        utils.block_flops(models.deploy(resnet)[0], (3, 32, 32))

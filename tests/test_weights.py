@@ -549,3 +549,27 @@ def test_weights_of_transformers(depth, tmp_path):
     models.load_resnet(expected, published)
     own = resnet.state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "head."])
+def test_of_several_resnets_none_is_taken(prefix, tmp_path):
+    state = models.build(TINY)[0].state_dict()
+    both = {f"{p}{name}": tensor for p in ("aux.", prefix) for name, tensor in state.items()}
+    for content in (both, {"state_dict": both}):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=f"x.pt: holds several ResNets, under .*{prefix}"):
+            models.Checkpoint.read(tmp_path / "x.pt")
+    # what has a convolution of that name and is no ResNet does no harm
+    both = {n: t for n, t in both.items() if not n.startswith("aux.")}
+    torch.save(both | {"aux.conv1.weight": torch.ones(3)}, tmp_path / "x.pt")
+    found = models.Checkpoint.read(tmp_path / "x.pt").resnet
+    assert torch.equal(models.our_names(found)["conv1.weight"], state["conv1.weight"])
+
+
+def test_gates_are_loaded_with_their_targets(tmp_path):
+    net, _ = models.build("AIG14_C10")
+    content = {"state_dict": net.state_dict(), "targets": [1.0, 0.5, 1.0, 0.5, 0.5, 0.5]}
+    torch.save(content, tmp_path / "x.pt")
+    other, _ = models.build("AIG14_C10")
+    models.Checkpoint.read(tmp_path / "x.pt").load_into(other)
+    assert other.always_on == {0, 2}
