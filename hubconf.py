@@ -78,7 +78,7 @@ def _network(entry: str, pretrained: bool, penalty: float | None = None) -> _Cla
     config = _models.config(name)
     resnet, policy_net = _models.build(name)
     found, *base = (_models.Checkpoint.read(_ROOT / file) for file in files)
-    if config.gated:
+    if config.gated and not pretrained:
         resnet.set_targets(found.targets)
     if pretrained:
         (*base, found)[0].load_into(resnet)
