@@ -161,16 +161,18 @@ def metadata(
     image = f"uint8 RGB, {side}x{side}"
     if config.has_pictures:
         image += f", short side resized to {side * 256 // 224} with antialiasing, centre crop"
+    is_full = trained.kind == "full ResNet"
     networks = nn.ModuleList(filter(None, (trained.resnet, trained.policy)))
     facts = {
         "model": config.name,
         "image": image,
-        "policy": trained.policy_name or ("full" if is_full(trained) else "each image's own"),
+        "policy": trained.policy_name or ("full" if is_full else "each image's own"),
         "penalty": INPUT if args.penalty_input else args.penalty,
         "arithmetic": "int8" if args.int8 else "float32",
         "classes": json.dumps(list(class_names)),
         "weights_sha256": engine.bases.fingerprint(networks),
         "checked_images": figures[0]["images"],
+        "checked_on": f"{args.val_split} held-out training images" if args.val_split else "test",
     }
     if fixed is not None:
         facts["fixed"] = (
@@ -189,19 +191,24 @@ def metadata(
 
 
 def training_images(config, args, trained: TrainedModel, num_images: int) -> Iterator[Tensor]:
-    """Batches of the last COUNTED of so many training images, as an evaluation sees them."""
+    """Batches of the last COUNTED of so many training images, as an evaluation sees them.
+
+    num_images: without those that `--val_split` holds out.
+    """
     last = min(COUNTED, num_images - 1)
-    asked = argparse.Namespace(**vars(args) | {"val_split": last})
+    held_out = args.val_split or 0
+    asked = argparse.Namespace(**vars(args) | {"val_split": last + held_out})
     _, counted = engine.data.load(config, asked, trained.device, training=False)
-    return (images for images, _, _ in counted.epoch(0))
+    left = last
+    for images, _, _ in counted.epoch(0):
+        yield images[:left]
+        left -= len(images)
+        if left <= 0:  # what --val_split holds out comes last
+            return
 
 
 def numbers(fixed: Sequence[bool | None], value: bool) -> str:
     return ", ".join(str(k) for k, known in enumerate(fixed) if known is value) or "none"
-
-
-def is_full(trained: TrainedModel) -> bool:
-    return not (trained.policy_name or trained.looks or trained.resnet.decides)
 
 
 def main() -> None:

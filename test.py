@@ -66,6 +66,9 @@ def profile(trained: TrainedModel, test, dependence: bool = False) -> dict:
     return figures
 
 
+# options that the figures depend on
+ASKED = ("model", "load", "base", "penalty", "precision", "val_split", "subset", "seed")
+
 DEPENDENCE = {
     "own": "own",
     "shuffled": "shuffled",
@@ -137,8 +140,8 @@ def main() -> None:
             f" batch {figures['batch_size']}"
         )
     if args.json:
-        figures |= {name: getattr(args, name) for name in ("model", "load", "penalty", "precision")}
-        figures["policy"] = trained.policy_name
+        figures |= {name: getattr(args, name) for name in ASKED}
+        figures |= {"policy": trained.policy_name, "kind": trained.kind}
         with engine.user_errors(args.json):
             args.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 import engine
+import models
 import utils
 from engine import UserError, options
 from engine.predictions import Predictions
@@ -201,7 +202,7 @@ def add_policies(report: Report, predicted: Predictions) -> None:
     half = int(np.searchsorted(covered, 0.5)) + 1
     most = f"the most frequent one covers {covered[0]:.0%} of the images"
     if half > 1:
-        most += f", the {half} most frequent half of them"
+        most += f", the {half} most frequent {covered[half - 1]:.0%}"
     report.add("policies", "Distinct policies", f"{len(rows)} in all; {most}.",
         figures.policies(counts, covered), behind)  # fmt: skip
 
@@ -216,11 +217,20 @@ def add_policies(report: Report, predicted: Predictions) -> None:
 
 
 def published(predicted: Predictions) -> list[tuple[str, float, float]]:
-    """The paper's points as (label, FLOPs, accuracy); FLOPs from mean blocks if need be."""
-    mean = float(predicted.per_block.mean())
+    """The paper's points as (label, FLOPs, accuracy); FLOPs from mean blocks if need be.
+
+    These are of the paper's policy network, which looks at all of CIFAR's pixels.
+    """
+    known = PAPER.get(predicted.config.name, [])
+    if not known:
+        return []
+    fixed, per_block = predicted.trained.resnet_flops()
+    _, policy_net = models.build(predicted.config.name)
+    fixed += utils.count_flops(policy_net, predicted.trained.input_size)
+    mean = float(per_block.mean())
     return [
-        (f"paper, {label}", flops or predicted.fixed + blocks * mean, accuracy)
-        for label, blocks, flops, accuracy in PAPER.get(predicted.config.name, [])
+        (f"paper, {label}", flops or fixed + blocks * mean, accuracy)
+        for label, blocks, flops, accuracy in known
     ]
 
 
@@ -247,7 +257,7 @@ def add_trade_off(report: Report, all_predicted: list[Predictions], args) -> Non
     points += [("published", *point) for point in published(first)]
     add_points(report, "trade_off", "Accuracy and FLOPs",
         "A multiply-add counts two; policy networks and gates are included. Published points "
-        "without FLOPs are placed by their mean number of blocks.",
+        "without FLOPs are placed by their mean number of blocks and the paper's policy network.",
         points, "FLOPs an image", "{:.3g}")  # fmt: skip
     if not args.time:
         return
@@ -351,7 +361,9 @@ def main() -> None:
           f"{predicted.flops:.3g}", len(facts.distinct(predicted.policies)[0]), len(blocks)]],
     )  # fmt: skip
     part = f", --subset {args.subset}: the first images only" if args.subset else ""
-    penalty = predicted.trained.args.penalty
+    penalty = next(
+        (p for one in all_predicted if (p := one.trained.args.penalty) is not None), None
+    )
     part = f", --penalty {penalty:g}{part}" if penalty is not None else part
     source = f"<code>{html.escape(str(predicted.path))}</code>, {predicted.kind}{part}"
     head = f'<p class="soft">{source}</p>{head}'

@@ -8,6 +8,7 @@ an image, the rows of one checkpoint under several penalties make a curve.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from measure import table
@@ -55,31 +56,49 @@ def print_table(rows: list[dict]) -> None:
 
 def kind(row: dict) -> str:
     """The kind of a row, as the picture's legend names it."""
+    if "kind" in row:
+        return row["kind"]
     if row["model"].startswith("AIG"):
         return "ConvNet-AIG"
     if row["policy"]:
         return "static"
-    return "BlockDrop" if row["load"] and row["unique_policies"] > 1 else "full ResNet"
+    return "BlockDrop" if row["load"] else "full ResNet"
+
+
+def checkpoint(row: dict) -> tuple[str, str, str | None]:
+    """What has to be the same in rows that make a curve."""
+    return row["model"], row["load"], row.get("base")
+
+
+def names(checkpoints: set[tuple[str, str, str | None]]) -> dict[tuple, str]:
+    """What stands behind a curve's label: nothing of a single one, else what tells them apart."""
+    if len(checkpoints) == 1:
+        return dict.fromkeys(checkpoints, "")
+    short = {one: f", {one[0]} {Path(one[1]).name}" for one in checkpoints}
+    counts = Counter(short.values())
+    return {
+        one: name if counts[name] == 1 else ", ".join(["", *filter(None, one)])
+        for one, name in short.items()
+    }
 
 
 def draw(rows: list[dict], path: Path) -> None:
     """Points of all rows, curves of those that share a checkpoint."""
     from visual import figures, published
 
-    checkpoints = [row["load"] for row in rows if row.get("penalty") is not None]
+    of_penalties = [row for row in rows if row.get("penalty") is not None]
+    called = names({checkpoint(row) for row in of_penalties})
     curves, points = {}, []
     for row in rows:
-        if row.get("penalty") is None:
+        if row not in of_penalties:
             points.append((kind(row), row["name"], row["flops"], row["accuracy"]))
             continue
-        own = "one network"
-        if len(set(checkpoints)) > 1:
-            own += f", {Path(row['load']).name}"
-        curves.setdefault(own, []).append((row["flops"], row["accuracy"]))
+        whose = called[checkpoint(row)]
+        curves.setdefault(f"one network{whose}", []).append((row["flops"], row["accuracy"]))
         for name, found in row.get("dependence", {}).items():
             if name in figures.OTHER_WAYS:
                 point = found["flops"], found["accuracy"]
-                curves.setdefault(figures.OTHER_WAYS[name], []).append(point)
+                curves.setdefault(f"{figures.OTHER_WAYS[name]}{whose}", []).append(point)
     if all(row["model"].endswith("_C10") for row in rows):
         curves |= published.ANYTIME
     figures.trade_off(points, "FLOPs an image", curves).savefig(path, dpi=160)

@@ -49,8 +49,10 @@ def find_base(
 
 
 def is_pretrained_directory(path: Path) -> bool:
-    """Whether a directory holds pretrained ResNets and no run."""
-    return path.is_dir() and not (path / storage.LAST).exists()
+    """Whether a directory holds pretrained ResNets, or nothing, and no run."""
+    if not path.is_dir() or (path / storage.LAST).exists():
+        return False
+    return any(path.glob("pk_E_*_A_*.t7")) or not any(path.glob("*.t7"))
 
 
 def keep_base(folder: str | Path) -> None:

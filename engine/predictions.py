@@ -39,9 +39,7 @@ class Predictions:
 
     @property
     def kind(self) -> str:
-        if self.config.gated:
-            return "ConvNet-AIG"
-        return "static" if self.trained.policy_name else "BlockDrop"
+        return self.trained.kind
 
     @property
     def superclasses(self) -> Mapping[str, Sequence[str]]:

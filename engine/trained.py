@@ -52,7 +52,7 @@ class TrainedModel:
         self.brings_resnet = found.resnet is not None
         targets = found.targets
         self.target_rate = sum(targets) / len(targets) if targets else None
-        self.policy_name = args.policy or found.static_policy
+        self.policy_name = utils.with_seed(args.policy, args.seed) or found.static_policy
         if config.gated:
             self.policy = None
             self._load_gated(found)
@@ -109,6 +109,13 @@ class TrainedModel:
             accuracy, _ = loop.first_accuracy(self.plain, loader, self.args.precision)
             if ranks.is_main() and (told := loop.near_chance(accuracy, self.config.num_classes)):
                 print(told, file=sys.stderr)
+
+    @property
+    def kind(self) -> str:
+        """By what decides: "ConvNet-AIG", "static", "BlockDrop", else "full ResNet"."""
+        if self.resnet.decides:
+            return "ConvNet-AIG"
+        return "static" if self.policy_name else "BlockDrop" if self.looks else "full ResNet"
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) of a batch and the policies (B, K) that its images ran under."""

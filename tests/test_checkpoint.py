@@ -192,6 +192,14 @@ def test_a_named_directory_without_a_base_is_refused(tmp_path):
     assert bases.find_base("R101_ImgNet", None, is_published=True) is None
 
 
+def test_a_runs_directory_may_be_a_base(tmp_path):
+    """Its newest checkpoint counts, also where last.t7 was left out, as in what is shipped."""
+    (tmp_path / "ckpt_E_6_A_0.920_R_1.00E-01_S_8.00_#_1.t7").touch()
+    assert bases.find_base("R32_C10", str(tmp_path)) == tmp_path
+    (tmp_path / "pk_E_6_A_0.920.t7").touch()
+    assert bases.find_base("R32_C10", str(tmp_path)) == tmp_path / "pk_E_6_A_0.920.t7"
+
+
 def test_fingerprint_tells_weights_apart():
     resnet, _ = models.build("R8_C10")
     before = bases.fingerprint(resnet)

@@ -1,5 +1,6 @@
 """The exported file against the networks it was made from."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from conftest import TINY, told
 from PIL import Image
 
+import engine
 import models
 import utils
 from deploy import onnx_files
@@ -325,6 +327,29 @@ def test_blocks_that_never_vary_may_be_fixed(export, images, tmp_path):
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
     assert kinds(file).count("If") == 2 and file.stat().st_size < size
     assert "keeps blocks 0, 3 and drops 1, 2" in facts(file)["fixed"]
+    assert facts(file)["checked_on"] == "test"
+
+
+def test_what_is_counted_is_not_what_is_held_out(export, images, cifar_dir, tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.t7"
+    stage2(path, images)
+    biased(path, always=range(6))
+    seen = []
+    fixed_blocks = onnx_files.fixed_blocks
+
+    def look(resnet, policy, batches):
+        seen.extend(batches)
+        return fixed_blocks(resnet, policy, seen)
+
+    monkeypatch.setattr(onnx_files, "fixed_blocks", look)
+    status, _, err, file = export("--load", path, "--fixed", "--val_split", 10)
+    assert status == 0, err
+    assert facts(file)["checked_on"] == "10 held-out training images"
+    args = argparse.Namespace(data_dir=cifar_dir, skip_data_check=True, subset=None, batch_size=999,
+                              val_split=50, seed=0)  # fmt: skip
+    _, last = engine.data.load(models.config(TINY), args, torch.device("cpu"), training=False)
+    (expected,) = (batch for batch, _, _ in last.epoch(0))
+    assert torch.equal(torch.cat(seen)[-40:], expected[:40])
 
 
 @RUNTIMES

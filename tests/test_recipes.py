@@ -106,6 +106,47 @@ def test_the_table_and_the_picture_of_figures(tmp_path):
         assert words in picture
 
 
+def test_only_rows_of_one_checkpoint_make_a_curve(monkeypatch, tmp_path):
+    from visual import figures
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    summary = script_module("benchmarks/summary")
+    drawn = {}
+    made = figures.trade_off
+
+    def trade_off(points, unit, curves):
+        drawn.update(points=points, curves=curves)
+        return made(points, unit, curves)
+
+    monkeypatch.setattr(figures, "trade_off", trade_off)
+    other = {"accuracy": 0.8, "blocks": 7.0, "flops": 7e7}
+
+    def row(model, load, penalty, accuracy):
+        return {"name": "x", "model": model, "load": load, "base": None, "policy": None,
+                "kind": "BlockDrop", "penalty": penalty, "accuracy": accuracy, "flops": 1e8,
+                "unique_policies": 1, "dependence": {"shuffled": other}}  # fmt: skip
+
+    rows = [
+        row("R32_C10", "cv/R32_C10/curve", -1, 0.91),
+        row("R32_C10", "cv/R32_C10/curve", -5, 0.92),
+        row("R110_C10", "cv/R110_C10/curve", -5, 0.93),
+        row("R110_C10", "cv/other/curve", -5, 0.94),
+        row("R110_C10", "cv/R110_C10/stage2", None, 0.95),
+    ]
+    summary.draw(rows, tmp_path / "picture.svg")
+    curves = {name: points for name, points in drawn["curves"].items() if "published" not in name}
+    assert {name: len(points) for name, points in curves.items()} == {
+        "one network, R32_C10 curve": 2,
+        "shuffled over the images, R32_C10 curve": 2,
+        "one network, R110_C10, cv/R110_C10/curve": 1,
+        "shuffled over the images, R110_C10, cv/R110_C10/curve": 1,
+        "one network, R110_C10, cv/other/curve": 1,
+        "shuffled over the images, R110_C10, cv/other/curve": 1,
+    }
+    # one policy for all images does not make it the full network
+    assert [point[0] for point in drawn["points"]] == ["BlockDrop"]
+
+
 def test_figures_that_are_none_are_refused(run, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     (tmp_path / "text.json").write_text("no figures")

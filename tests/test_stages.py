@@ -151,10 +151,24 @@ def test_profile_prints_four_lines_at_any_batch_size(
     )
     assert re.fullmatch(expected, out)
     content = json.loads(figures.read_text())
+    assert content["kind"] == "BlockDrop" and content["base"] == str(base_file)
+    assert content["seed"] == 0 and not content["val_split"] and not content["subset"]
     expected = profile_by_hand(named(stage_1)[1], base_file, cifar_dir)
     for name, value in expected.items():
         assert content[name] == pytest.approx(value, rel=1e-9), name
     assert f"FLOPs/img: {expected['flops']:.2E} ± {expected['flops_std']:.2E}" in out
+
+
+def test_a_random_policy_is_named_with_its_seed(run, common, base_file, tmp_path):
+    figures = tmp_path / "figures.json"
+    for seed in (0, 3):
+        options = ["--base", base_file, "--policy", "random:3", "--seed", seed, "--json", figures]
+        status, _, err = run("test", *common, *options)
+        assert status == 0, err
+        content = json.loads(figures.read_text())
+        assert content["policy"] == f"random:3:{seed}" and content["kind"] == "static"
+    status, _, err = run("test", *common, "--base", base_file, "--json", figures)
+    assert json.loads(figures.read_text())["kind"] == "full ResNet"
 
 
 def profile_by_hand(path, base_file, cifar_dir):

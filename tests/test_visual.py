@@ -1,15 +1,18 @@
 """What the pictures show, against plain loops, and whole reports of odd checkpoints."""
 
+import argparse
 import json
 import pickle
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, refused, script_module
+from conftest import ROOT, TINY, refused, script_module
 
+import engine
 import models
 from engine import storage
 from engine.data import DATA_SETS
@@ -242,3 +245,16 @@ def test_reports_of_gates_and_of_several_checkpoints(run, common, base_file, tmp
     assert "What the decisions owe" in page and "static, same FLOPs" in page
     status, _, err = run("visualize", *common, "--load", other, "--classes", "unicorn")
     assert status == 2 and "--classes unicorn: no such class" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("load", ["stage2", "late8"])
+def test_the_papers_points_do_not_depend_on_what_is_loaded(load):
+    args = argparse.Namespace(model="R32_C10", load=str(ROOT / "cv" / "R32_C10" / load), base=None,
+                              policy=None, penalty=None, seed=0, device="cpu", precision="fp32",
+                              base_pixels=None)  # fmt: skip
+    config = models.config("R32_C10")
+    predicted = SimpleNamespace(config=config, trained=engine.TrainedModel(args, config))
+    found = {label: flops for label, flops, _ in script_module("visualize").published(predicted)}
+    # stem, shortcuts and classifier, 9.4 blocks of 9.14E+06, and 2.45E+07 of the policy network
+    assert found["paper, stage 1"] == pytest.approx(1.11e8, rel=0.005)
+    assert found["paper, stage 2"] == pytest.approx(8.83e7, rel=0.005)
