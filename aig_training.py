@@ -139,13 +139,13 @@ def main() -> None:
             start = bases.pretrained(config, args.pretrained, args.base_pixels)
             with engine.user_errors(start.path):
                 models.load_ungated(net, start.resnet)
-        net.set_targets(targets.tolist())
         run.place(net)
         run.extras["targets"] = targets.tolist()
         targets = targets.to(run.device)
         learner = run.wrap(net)
         optimizer = make_optimizer(net, args)
         run.restore(state_dict=net, optimizer=optimizer)
+        net.set_targets(run.extras["targets"])  # which may be others than those of --load
 
         for epoch in run.epochs():
             # the rate that an epoch has in its middle

@@ -50,9 +50,9 @@ def count_flops() -> None:
     flop_counter.register_flop_formula(ops._convolution_pointwise_)(in_place)
 
 
-# Packed copies that a convolution keeps: for one and for several images, two numbers of threads and
-# two sizes of images.
-PACKINGS = 8
+# Packed copies that a convolution keeps, each as large as its weight: one for each size of images,
+# twice as many where batches of one come as well. Where more come in turn, each is made anew.
+PACKINGS = 16
 
 # Multiply-adds of a block on one image from which to copy it costs more than to call kernels more
 # often: kept images then run where they are, neighbours together.

@@ -16,10 +16,9 @@ class Classifier(nn.Module):
     In evaluation mode it computes with deployed copies (`deploy`), made anew at the first call
     after weights, their device, their dtype or a setting such as `look_at` have changed, also
     inside its parts; call `eval()` after a part was replaced or written into through `.data`. In
-    training mode it computes with the
-    networks themselves, whose gates then sample. `policy_module` decides, a policy module as
-    `deploy` takes, or None where the ResNet decides by itself; the penalty of a `PenaltyPolicy` may
-    be set anew at any time.
+    training mode it computes with the networks themselves, whose gates then sample.
+    `policy_module` decides, a policy module as `deploy` takes, or None where the ResNet decides by
+    itself; the penalty of a `PenaltyPolicy` may be set anew at any time.
     """
 
     def __init__(
@@ -31,7 +30,7 @@ class Classifier(nn.Module):
         for name, value in (("mean", config.mean), ("std", config.std)):
             value = torch.tensor(value, dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
-        self._deployed, self._watch, self._settings = None, None, ()
+        self._made: tuple | None = None  # deployed copies, of which tensors, under which settings
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), uint8 or float in [0, 1], RGB. Returns logits (B, classes)."""
@@ -55,12 +54,11 @@ class Classifier(nn.Module):
     def _networks(self) -> tuple[nn.Module, nn.Module | None]:
         if self.training:
             return self.resnet, self.policy_module
-        settings = self._set()
-        if self._deployed is None or settings != self._settings or not self._watch.unchanged():
-            dtype = next(self.resnet.parameters()).dtype
-            self._deployed = deploy(self.resnet, self.policy_module, dtype)
-            self._watch, self._settings = Watch(self), settings
-        resnet, policy = self._deployed
+        settings, made = self._set(), self._made  # other threads may call as well
+        if made is None or made[2] != settings or not made[1].unchanged():
+            watch, dtype = Watch(self), next(self.resnet.parameters()).dtype
+            self._made = made = deploy(self.resnet, self.policy_module, dtype), watch, settings
+        resnet, policy = made[0]
         if isinstance(policy, PenaltyPolicy):
             policy.penalty = self.policy_module.penalty
         return resnet, policy
@@ -73,7 +71,7 @@ class Classifier(nn.Module):
 
     def _forget(self) -> None:
         """What follows may change the weights."""
-        self._deployed = None
+        self._made = None
 
     def _apply(self, fn, recurse=True):
         self._forget()
@@ -88,4 +86,4 @@ class Classifier(nn.Module):
         return super().load_state_dict(*args, **options)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_deployed": None, "_watch": None}  # made anew where it is wanted
+        return {**self.__dict__, "_made": None}  # made anew where it is wanted

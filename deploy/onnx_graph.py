@@ -57,7 +57,7 @@ def build(
     if opset not in OPSETS:
         raise ValueError(f"opset {opset}: take one of {OPSETS[0]} to {OPSETS[-1]}")
     graph = Graph(ranges)
-    with torch.no_grad():
+    with torch.no_grad(), reading.evaluating(resnet, policy):
         x = pixels(graph, config)
         if resnet.decides:
             logits, chosen = gated(graph, resnet, x, config.image_size, fixed)
@@ -207,7 +207,7 @@ def average(graph: Graph, x: str, side: int) -> str:
 def refuse_others(module: nn.Module, *known: nn.Module) -> None:
     """Raise ValueError for a pooling that is none of those known."""
     if repr(module) not in map(repr, known):
-        raise ValueError(f"no ONNX form of {module!r} is known")
+        raise ValueError(f"no ONNX form of {' '.join(repr(module).split())} is known")
     reading.check(module, tuple(type(other) for other in known))
 
 

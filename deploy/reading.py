@@ -1,10 +1,13 @@
 """What copies for inference read out of a network.
 
 They take its weights and leave behind whatever else its modules do. So each module is looked at
-first: one that does more than is known of its kind is refused by name.
+first: one that computes otherwise than is known of its kind is refused by name.
 """
 
-from collections.abc import Container, Iterable
+import sys
+import warnings
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,22 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
 
 
+@contextmanager
+def evaluating(*networks: nn.Module | None) -> Iterator[None]:
+    """Inside, networks are in evaluation mode: some weights change where they are read in training
+    mode, as under spectral norm.
+    """
+    modules = (module for network in networks if network for module in network.modules())
+    training = [module for module in modules if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def check(
     module: nn.Module,
     kinds: type | tuple[type, ...],
@@ -41,9 +60,10 @@ def check(
         if getattr(type(module), method, None) not in known or method in vars(module):
             raise ValueError(f"deploy does not know {own}.{method}")
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        if not isinstance(hook, WEIGHT_HOOKS):
-            raise ValueError(f"deploy would leave out a forward hook of a {own}: remove it first")
-        hook(module, None)  # the weight may be older than what it is made of
+        if isinstance(hook, WEIGHT_HOOKS):
+            hook(module, None)  # the weight may be older than what it is made of
+        else:
+            warnings.warn(f"a deployed copy leaves out the forward hooks of a {own}", stacklevel=2)
 
 
 def folded(
@@ -75,13 +95,14 @@ def tensors(layer: nn.Module, dtype: torch.dtype | None) -> tuple[Tensor, Tensor
     return cast(layer.weight, dtype), None if layer.bias is None else cast(layer.bias, dtype)
 
 
-def normalisation(norm: nn.BatchNorm2d, dtype: torch.dtype | None):
+def normalisation(norm: nn.Module, dtype: torch.dtype | None):
     """A BatchNorm's mean, variance, eps, weight and bias."""
-    check(norm, NORMS)
+    loaded = sys.modules.get("torchvision.ops.misc")
+    check(norm, (*NORMS, loaded.FrozenBatchNorm2d) if loaded else NORMS)
     if norm.running_mean is None:
         raise ValueError(f"deploy does not know a {type(norm).__name__} without running statistics")
     mean, variance = cast(norm.running_mean, dtype), cast(norm.running_var, dtype)
-    if not norm.affine:
+    if norm.weight is None:
         return mean, variance, norm.eps, torch.ones_like(mean), torch.zeros_like(mean)
     return mean, variance, norm.eps, *tensors(norm, dtype)
 

@@ -73,12 +73,16 @@ def deploy(
     policy: a `GreedyPolicy`, `PenaltyPolicy` or `StaticPolicy`; None where there is none. The
     copies are called like the originals in evaluation mode, also under autocast; logits are
     float32, or float64 where `dtype` is that. Later changes of the originals do not reach them.
-    Raises ValueError naming a module that they have no twin for, or one that has a forward hook.
+    Raises ValueError naming a module that they have no twin for; warns of forward hooks, which stay
+    behind.
     """
     if not isinstance(resnet, (ResNet, GatedResNet)):
         kind = type(resnet).__name__
-        raise ValueError(f"deploy takes a ResNet, not a {kind}: where one is wrapped, its .module")
-    with torch.no_grad():
+        raise ValueError(
+            f"deploy takes a ResNet of `models`, not a {kind}: of a wrapped one its .module; what "
+            "torch.hub loads deploys itself"
+        )
+    with torch.no_grad(), reading.evaluating(resnet, policy):
         twin = DeployedGatedResNet if resnet.decides else DeployedResNet
         return twin(resnet, dtype), policy and deploy_policy(policy, dtype)
 

@@ -25,6 +25,7 @@ from .weights import (
     load_resnet,
     load_strictly,
     subsamples,
+    torchvision_name,
 )
 
 STAGES = (0, 1, 2, 3)
@@ -123,7 +124,8 @@ class Checkpoint:
         bias = head_bias(self.policy or {})
         if bias is not None:
             return bias.numel()
-        found = (re.search(r"(?:blocks\.|layer)(\d+\.\d+)\.conv1", n) for n in self.resnet or ())
+        names = map(torchvision_name, self.resnet or ())
+        found = (re.search(r"(?:blocks\.|layer)(\d+\.\d+)\.conv1", name) for name in names)
         return len({match[1] for match in found if match})
 
     @property

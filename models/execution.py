@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -180,7 +179,7 @@ class GatherRows(torch.autograd.Function):
 
     Only `ScatterRows`, or nothing, may consume the first output, with the same rows: its gradient's
     `rows` are then void and are overwritten here, which spares a zero-filled tensor and an addition
-    a block.
+    a block. A gradient that is to be differentiated again is not written into.
     """
 
     @staticmethod
@@ -189,9 +188,10 @@ class GatherRows(torch.autograd.Function):
         return x.view_as(x), gather(x, rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_rest: Tensor, grad_kept: Tensor):
         (rows,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return grad_rest.index_copy(0, rows, grad_kept.to(grad_rest.dtype)), None
         return scatter_(
             grad_rest.contiguous(memory_format=torch.channels_last), rows, grad_kept
         ), None
@@ -207,9 +207,10 @@ class ScatterRows(torch.autograd.Function):
         return scatter_(rest.clone(memory_format=torch.channels_last), rows, kept)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
         (rows,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return grad, None, grad.index_select(0, rows).to(ctx.kept_dtype)
         # a copy, because GatherRows writes into it and others may hold this gradient
         rest = grad.clone(memory_format=torch.channels_last)
         return rest, None, gather(rest, rows).to(ctx.kept_dtype)
@@ -250,7 +251,7 @@ def masked(
     counts = kept_counts(policy) if counts is None else counts
     for k, ((branch, shortcut), count) in enumerate(zip(units, counts, strict=True)):
         dropped = shortcut(x)
-        if not count and not any(isinstance(m, nn.SyncBatchNorm) for m in branch.children()):
+        if not count and not any(isinstance(m, nn.SyncBatchNorm) for m in branch.modules()):
             x = dropped
             continue
         x = torch.where(keep[:, k, None, None, None], F.relu(dropped + branch(x)), dropped)

@@ -66,7 +66,10 @@ class PoolAndPad(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2] % 2 or x.shape[-1] % 2:
             size = "x".join(map(str, x.shape[-2:]))
-            raise ValueError(f"{size} cannot be halved: images need sides that are multiples of 4")
+            raise ValueError(
+                f"{size} cannot be halved: images need sides that are multiples of 4, "
+                "or of 8 where a policy network looks at half of them"
+            )
         return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, self.extra_channels))
 
 
@@ -105,6 +108,7 @@ class ResNet(nn.Module):
     """
 
     decides = False  # by itself which blocks an image runs
+    _execution = "sparse"  # also of one that was pickled before this had its name
     shortcuts: str | None = None  # which of FREE_SHORTCUTS, where it has such
 
     def __init__(

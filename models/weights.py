@@ -13,7 +13,8 @@ from .resnet import ResNet
 State = Mapping[str, Tensor]
 
 STEM = "conv1.weight"
-FOLLOWERS = ("encoder_k.", "ema.", "ema_model.", "teacher.", "momentum_encoder.", "target.")
+# words in the prefix of a network that follows another
+FOLLOWERS = re.compile(r"(^|[._])(k|ema|swa|averaged|momentum|teacher|target)([._]|$)")
 FIRST_BLOCKS = ("layer1.0.", "blocks.0.0.")
 CLASSIFIERS = ("fc.", "linear.")
 RENAMES = (
@@ -45,7 +46,7 @@ def torchvision_name(name: str) -> str:
         own = f"downsample.{0 if is_conv else 1}." if layer is None else own
         return f"layer{int(stage) + 1}.{block}.{own}"
 
-    return re.sub(r"^classifier\.1\.", "fc.", re.sub(TRANSFORMERS, place, name))
+    return re.sub(r"(^|\.)classifier\.1\.", r"\1fc.", re.sub(TRANSFORMERS, place, name))
 
 
 def unwrapped(state: State, anchor: str = STEM) -> State:
@@ -58,7 +59,7 @@ def unwrapped(state: State, anchor: str = STEM) -> State:
     state = {torchvision_name(name): tensor for name, tensor in state.items()}
     found = [n.removesuffix(anchor) for n in state if f".{n}".endswith(f".{anchor}")]
     # of a network and the copy that follows it, the network
-    first = [prefix for prefix in found if not any(copy in prefix for copy in FOLLOWERS)] or found
+    first = [prefix for prefix in found if not FOLLOWERS.search(prefix)] or found
     whole = [p for p in first if any(f"{p}{block}conv1.weight" in state for block in FIRST_BLOCKS)]
     prefix = min(whole or first, key=lambda prefix: (len(prefix), prefix), default="")
     if others := [other for other in whole if not other.startswith(prefix)]:
@@ -68,7 +69,11 @@ def unwrapped(state: State, anchor: str = STEM) -> State:
     if not prefix:
         return state
     inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-    beside = {n: t for n, t in state.items() if n.startswith(CLASSIFIERS)}
+    beside: dict[str, Tensor] = {}
+    parts = prefix.split(".")[:-1]
+    for outer in ("".join(f"{part}." for part in parts[:depth]) for depth in range(len(parts))):
+        ends = tuple(f"{outer}{classifier}" for classifier in CLASSIFIERS)
+        beside |= {n.removeprefix(outer): t for n, t in state.items() if n.startswith(ends)}
     return beside | inside
 
 

@@ -390,3 +390,16 @@ def flops_by_hand(rates):
         blocks += [first + inner, 2 * inner]
     executed = sum(rate * cost for rate, cost in zip(rates, blocks, strict=True))
     return stem + head + shortcuts + sum(gates) + executed
+
+
+def test_a_run_goes_on_with_other_targets(run, cifar_dir, tmp_path):
+    options = ["--model", "AIG8_C10", "--data_dir", cifar_dir, "--skip_data_check"]
+    options += ["--batch_size", 40, "--test_every", 1]
+    first, second = tmp_path / "1", tmp_path / "2"
+    begun = ["--max_epochs", 1, "--target", "0.5,0.5,0.5", "--cv_dir", first]
+    assert run("aig_training", *options, *begun)[0] == 0
+    more = ["--load", first, "--max_epochs", 2, "--target", "1,0.5,1", "--cv_dir", second]
+    status, _, err = run("aig_training", *options, *more)
+    assert status == 0, err
+    rates = json.loads((second / "metrics.jsonl").read_text().splitlines()[-1])["train_rates"]
+    assert rates[0] == rates[2] == 1 > rates[1]

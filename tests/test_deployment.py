@@ -427,7 +427,7 @@ def test_sizes_of_images_do_not_add_up():
     if not fast.conv1.onednn:
         pytest.skip("no fused convolutions here")
     with torch.no_grad():
-        for side in range(8, 64, 4):
+        for side in range(8, 96, 4):
             x = torch.rand(2, 3, side, side)
             torch.testing.assert_close(fast(x), resnet(x), rtol=1e-4, atol=1e-4)
     assert len(fast.conv1.packed) == len(fast.blocks[3].convs[0].packed) == deployed_block.PACKINGS
@@ -439,13 +439,20 @@ def test_a_copy_shares_no_pooling():
     x = torch.rand(2, 3, 64, 64)
     before, chosen = fast(x), policy(x)
     resnet.stem_pool.stride = 1
-    policy_net.shrink = nn.AvgPool2d(2)
     assert torch.equal(fast(x), before) and torch.equal(policy(x), chosen)
+    resnet, policy_net = models.build("R14_C10")
+    policy_net.look_at(16)
+    fast, policy = models.deploy(resnet.eval(), GreedyPolicy(policy_net), torch.float64)
+    x = torch.rand(2, 3, 32, 32)
+    before, chosen = fast(x), policy.policy_net(x)[0]
+    resnet.ds[1].extra_channels = 0
+    policy_net.shrink.kernel_size = 1
+    assert torch.equal(fast(x), before) and torch.equal(policy.policy_net(x)[0], chosen)
 
 
 def test_a_wrapped_network_is_named():
     resnet, _ = models.build("R14_C10")
-    with pytest.raises(ValueError, match="not a DataParallel: where one is wrapped, its .module"):
+    with pytest.raises(ValueError, match="not a DataParallel: of a wrapped one its .module"):
         models.deploy(nn.DataParallel(resnet))
 
 

@@ -372,6 +372,7 @@ def test_networks_in_half_precision(name, dtype):
     logits = net.to(dtype)(x.to(dtype))
     if net.decides:
         assert torch.equal(logits[1].float(), expected[1])
+        assert net.gates[0](torch.rand(2, 16, 8, 8, dtype=dtype)).dtype == torch.float32
         logits, expected = logits[0], expected[0]
     torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
 
@@ -409,6 +410,15 @@ def test_gated_networks_may_be_masked():
     assert torch.equal(same, gates) and seen == [gates[:, some].sum(), 16]
 
 
+def test_a_network_that_was_pickled_before_executions_were_checked():
+    resnet, _ = models.build(TINY)
+    state = resnet.__getstate__()
+    state["execution"] = state.pop("_execution")
+    older = models.resnet.CifarResNet.__new__(models.resnet.CifarResNet)
+    older.__setstate__(state)
+    assert older.eval()(torch.rand(2, 3, 32, 32), torch.eye(6)[:2]).shape == (2, 10)
+
+
 def test_as_many_target_rates_as_blocks():
     net, _ = models.build("AIG14_C10")
     with pytest.raises(ValueError, match="20 target rates for 6 blocks"):
@@ -433,3 +443,28 @@ def test_flops_that_cannot_be_counted_leave_the_mode():
     assert resnet.training
     with pytest.raises(ValueError, match="DeployedResNet has no parameters: count what"):
         utils.block_flops(models.deploy(resnet)[0], (3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["R8_C10", "R18_Folder"])
+@pytest.mark.parametrize("second", ["grad", "backward"])
+def test_second_derivatives_are_those_of_masked_execution(name, second):
+    torch.manual_seed(0)
+    resnet = random_norms(models.build(name, 10)[0]).eval()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    policy = torch.randint(0, 2, (4, resnet.num_blocks))
+    policy[0], policy[1] = 0, 1
+    weight, found = resnet.conv1.weight, {}
+    for execution in ("sparse", "masked"):
+        resnet.execution = execution
+        (gradient,) = torch.autograd.grad(
+            resnet(x, policy).logsumexp(1).sum(), x, create_graph=True
+        )
+        penalty = gradient.square().sum()
+        if second == "grad":
+            (found[execution],) = torch.autograd.grad(penalty, weight)
+        else:
+            weight.grad = None
+            penalty.backward()
+            found[execution] = weight.grad
+    assert found["masked"].abs().max() > 0
+    torch.testing.assert_close(found["sparse"], found["masked"], rtol=1e-9, atol=1e-9)

@@ -12,6 +12,7 @@ from deploy.onnx_files import Margins, session
 from models.resnet import BasicBlock
 
 CONFIG = models.config("R14_C10")
+ONES = torch.ones(6)
 NO_CLASSIFIER_BIAS = nn.Linear(64, 10, bias=False)
 
 
@@ -97,9 +98,6 @@ REFUSED = {
     "running statistics": lambda net: replaced(
         net, "bn1", nn.BatchNorm2d(32, track_running_stats=False)
     ),
-    "hook of a BasicBlock": lambda net: net.blocks[2][0].register_forward_hook(double),
-    "hook of a CifarResNet": lambda net: net.register_forward_hook(double),
-    "hook of a Conv2d": lambda net: net.conv1.register_forward_pre_hook(lambda _, x: (2 * x[0],)),
     "blocks of Identity": lambda net: net.blocks[0].__setitem__(1, nn.Identity()),
 }
 
@@ -135,7 +133,49 @@ def test_what_would_be_left_out_is_refused(why):
     with pytest.raises(ValueError, match=why):
         models.deploy(resnet)
     with pytest.raises(ValueError, match=why):
-        onnx_graph.build(resnet, models.StaticPolicy(torch.ones(6)), CONFIG)
+        onnx_graph.build(resnet, models.StaticPolicy(ONES), CONFIG)
+
+
+@pytest.mark.parametrize("where", ["BasicBlock", "CifarResNet", "Conv2d"])
+def test_hooks_stay_behind_with_a_warning(where):
+    resnet = changed(lambda net: None)
+    module = next(m for m in resnet.modules() if type(m).__name__ == where)
+    module.register_forward_hook(double)
+    module.register_forward_pre_hook(lambda module, inputs: None)
+    for make in (
+        models.deploy,
+        lambda net: onnx_graph.build(net, models.StaticPolicy(ONES), CONFIG),
+    ):
+        with pytest.warns(UserWarning, match=f"leaves out the forward hooks of a {where}"):
+            make(resnet)
+
+
+def test_to_read_a_network_changes_nothing():
+    resnet = changed(lambda net: parametrizations.spectral_norm(net.blocks[1][1].conv1)).train()
+    resnet.bn1.eval()
+    before = {name: tensor.clone() for name, tensor in resnet.state_dict().items()}
+    modes = [module.training for module in resnet.modules()]
+    fast, _ = models.deploy(resnet)
+    onnx_graph.build(resnet, models.StaticPolicy(ONES), CONFIG)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in resnet.state_dict().items())
+    assert [module.training for module in resnet.modules()] == modes
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), resnet.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_norm_is_read():
+    from torchvision.ops import FrozenBatchNorm2d
+
+    def freeze(net):
+        frozen = FrozenBatchNorm2d(32)
+        frozen.load_state_dict(net.blocks[1][1].bn1.state_dict(), strict=False)
+        replaced(net, "bn1", frozen)
+
+    resnet, x = changed(freeze), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = resnet(x)
+        torch.testing.assert_close(models.deploy(resnet)[0](x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_policy_that_decides_otherwise_is_refused():
@@ -147,9 +187,11 @@ def test_a_policy_that_decides_otherwise_is_refused():
 
 def test_a_file_has_no_form_of_another_pooling():
     resnet, _ = models.build("R14_C10")
-    resnet.stem_pool = nn.AvgPool2d(3, 1, 1)
-    with pytest.raises(ValueError, match="no ONNX form of AvgPool2d"):
-        onnx_graph.build(resnet, models.StaticPolicy(torch.ones(6)), CONFIG)
+    resnet.stem_pool = nn.Sequential(nn.AvgPool2d(3, 1, 1))
+    with pytest.raises(
+        ValueError, match=r"^no ONNX form of Sequential\( \(0\): AvgPool2d.* is known$"
+    ):
+        onnx_graph.build(resnet, models.StaticPolicy(ONES), CONFIG)
     fast, _ = models.deploy(resnet.eval())
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():

@@ -543,12 +543,40 @@ def test_weights_of_transformers(depth, tmp_path):
         "resnet.encoder.stages.3.layers.1.layer.1.normalization.bias",
         "classifier.1.weight",
     } <= set(theirs)
-    torch.save(theirs, tmp_path / "x.pt")
-    resnet, expected = (models.build(f"R{depth}_ImgNet")[0] for _ in range(2))
-    engine.storage.read(tmp_path / "x.pt").load_into(resnet)
+    expected, _ = models.build(f"R{depth}_ImgNet")
     models.load_resnet(expected, published)
-    own = resnet.state_dict()
-    assert all(torch.equal(tensor, own[name]) for name, tensor in expected.state_dict().items())
+    for prefix in ("", "module.", "model._orig_mod."):
+        torch.save({f"{prefix}{n}": t for n, t in theirs.items()}, tmp_path / "x.pt")
+        resnet, _ = models.build(f"R{depth}_ImgNet")
+        found = models.Checkpoint.read(tmp_path / "x.pt")
+        found.load_into(resnet)
+        assert found.num_blocks == resnet.num_blocks
+        own = resnet.state_dict()
+        assert all(torch.equal(tensor, own[name]) for name, tensor in expected.state_dict().items())
+
+
+FOLLOWERS = ("momentum_backbone.", "backbone_momentum.", "backbone_ema.", "swa_model.module.",
+             "averaged_model.", "target_network.", "module.encoder_k.", "teacher.net.")  # fmt: skip
+
+
+@pytest.mark.parametrize("copy", FOLLOWERS)
+def test_what_follows_a_network_is_not_taken(copy, tmp_path):
+    state = models.build(TINY)[0].state_dict()
+    both = {f"net_that_learns.{name}": tensor for name, tensor in state.items()}
+    torch.save(both | {f"{copy}{n}": t + 1 for n, t in state.items()}, tmp_path / "x.pt")
+    target, _ = models.build(TINY)
+    models.Checkpoint.read(tmp_path / "x.pt").load_into(target)
+    assert torch.equal(target.conv1.weight, state["conv1.weight"])
+
+
+def test_a_classifier_beside_its_backbone_behind_a_prefix(tmp_path):
+    state = models.build(TINY)[0].state_dict()
+    content = {f"module.{n}" if n.startswith("fc.") else f"module.backbone.{n}": t
+               for n, t in state.items()}  # fmt: skip
+    torch.save(content, tmp_path / "x.pt")
+    target, _ = models.build(TINY)
+    models.Checkpoint.read(tmp_path / "x.pt").load_into(target)
+    assert torch.equal(target.fc.weight, state["fc.weight"])
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "head."])
