@@ -5,7 +5,8 @@ of 0 (drop) and 1 (keep).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -342,6 +343,20 @@ def random_route(noise: Tensor, stages: Sequence[int], flip: float) -> Tensor:
     return (policy ^ flipped).to(noise.dtype)
 
 
+@contextmanager
+def evaluating(*networks: nn.Module | None) -> Iterator[None]:
+    """Inside, networks are in evaluation mode, part by part: a frozen one stays as it was."""
+    modules = (module for network in networks if network for module in network.modules())
+    training = [module for module in modules if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def count_flops(module: nn.Module, input_size: Sequence[int], *args: Tensor) -> int:
     """FLOPs of one image, (C, H, W) = input_size, through a module in evaluation mode.
 
@@ -349,14 +364,8 @@ def count_flops(module: nn.Module, input_size: Sequence[int], *args: Tensor) -> 
     """
     parameter = first_parameter(module)
     image = torch.zeros(1, *input_size, dtype=parameter.dtype, device=parameter.device)
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module(image, *args)
-    finally:
-        for part in training:  # a frozen one stays as it was
-            part.training = True
+    with torch.no_grad(), evaluating(module), FlopCounterMode(display=False) as counter:
+        module(image, *args)
     return counter.get_total_flops()
 
 

@@ -57,7 +57,7 @@ def build(
     if opset not in OPSETS:
         raise ValueError(f"opset {opset}: take one of {OPSETS[0]} to {OPSETS[-1]}")
     graph = Graph(ranges)
-    with torch.no_grad(), reading.evaluating(resnet, policy):
+    with torch.no_grad(), utils.evaluating(resnet, policy):
         x = pixels(graph, config)
         if resnet.decides:
             logits, chosen = gated(graph, resnet, x, config.image_size, fixed)

@@ -6,8 +6,7 @@ first: one that computes otherwise than is known of its kind is refused by name.
 
 import sys
 import warnings
-from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +24,6 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 # Hooks that make a module's weight out of other tensors, and do nothing else.
 WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
-
-
-@contextmanager
-def evaluating(*networks: nn.Module | None) -> Iterator[None]:
-    """Inside, networks are in evaluation mode: some weights change where they are read in training
-    mode, as under spectral norm.
-    """
-    modules = (module for network in networks if network for module in network.modules())
-    training = [module for module in modules if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def check(
@@ -137,10 +120,8 @@ def gate_layers(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Weight and bias of a gate's two linear layers, BatchNorm folded into the first."""
     check(gate, Gate, ("fc1", "fc1bn", "fc2"), ("forward", "normalise"))
-    first = linear(gate.fc1, dtype)
-    return fuse_linear_bn_weights(*first, *normalisation(gate.fc1bn, dtype)), linear(
-        gate.fc2, dtype
-    )
+    first, norm = linear(gate.fc1, dtype), normalisation(gate.fc1bn, dtype)
+    return fuse_linear_bn_weights(*first, *norm), linear(gate.fc2, dtype)
 
 
 def check_resnet(resnet: ResNet) -> None:

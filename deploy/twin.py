@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import utils
 from models import (
     GatedResNet,
     GreedyPolicy,
@@ -82,7 +83,8 @@ def deploy(
             f"deploy takes a ResNet of `models`, not a {kind}: of a wrapped one its .module; what "
             "torch.hub loads deploys itself"
         )
-    with torch.no_grad(), reading.evaluating(resnet, policy):
+    # a weight under spectral norm changes where it is read in training mode
+    with torch.no_grad(), utils.evaluating(resnet, policy):
         twin = DeployedGatedResNet if resnet.decides else DeployedResNet
         return twin(resnet, dtype), policy and deploy_policy(policy, dtype)
 

@@ -114,9 +114,8 @@ def test_what_can_be_read_comes_out_right(change):
     policy = torch.tensor([1.0, 0, 1, 1, 0, 1])
     picture = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
     x = (picture / 255).permute(0, 3, 1, 2)
-    fast, _ = models.deploy(
-        resnet
-    )  # first, for a forward pass makes pruned and normed weights anew
+    # before the ResNet runs, which makes pruned and normed weights anew
+    fast, _ = models.deploy(resnet)
     file = onnx_graph.build(resnet, models.StaticPolicy(policy), CONFIG)
     with torch.no_grad():
         expected = resnet.eval()(x, policy[None])
