@@ -10,7 +10,6 @@ from torch.nn import functional as F
 import engine
 import models
 import utils
-from deploy import deploy
 from engine import Shard, UserError, bases, options, schedule
 
 TABLE_EVERY = 8  # images a candidate table is computed for one of: the head has few weights
@@ -184,7 +183,7 @@ def main() -> None:
             )
         resnet.execution = args.execution
         if args.execution == "sparse":  # it never changes, so its inference-only twin will do
-            resnet, _ = deploy(resnet, dtype=engine.device.dtype(args.precision))
+            resnet = run.frozen(resnet)
         if confidence is not None and not args.load:
             found = engine.candidates.find(resnet, train, config.stages, args.precision)
             confidence.candidates.copy_(found)

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 import engine
 import models
 import utils
-from deploy import deploy
 from engine import Shard, UserError, bases, options, schedule
 
 
@@ -82,7 +81,7 @@ def load_teacher(run: engine.Run) -> nn.Module:
     teacher, _ = models.build(run.args.model, run.config.num_classes)
     run.load_base(teacher)
     run.place(teacher)
-    return deploy(teacher, dtype=engine.device.dtype(run.args.precision))[0]
+    return run.frozen(teacher.requires_grad_(False).eval())
 
 
 def task_loss(logits: Tensor, images: Tensor, labels: Tensor, args, teacher=None) -> Tensor:

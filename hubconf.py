@@ -8,8 +8,10 @@ Weights come with the repository, nothing is downloaded. Needs torch and numpy a
 """
 
 import sys as _sys
+import threading as _threading
 from contextlib import contextmanager as _contextmanager
 from pathlib import Path as _Path
+from types import ModuleType as _ModuleType
 
 dependencies = ["torch", "numpy"]
 
@@ -36,7 +38,11 @@ _SHIPPED = {
 }
 
 _OURS = ("deploy", "models", "utils")
-_kept: dict = {}
+
+# torch.hub runs this file anew at each load. What is imported for the first serves the others.
+_shared = _ModuleType(f"hubconf of {_ROOT}")
+_shared.kept, _shared.lock = {}, _threading.RLock()
+_shared = _sys.modules.setdefault(_shared.__name__, _shared)
 
 
 @_contextmanager
@@ -51,19 +57,20 @@ def _own_modules():
     def taken() -> dict:
         return {n: m for n, m in _sys.modules.items() if n.split(".")[0] in _OURS}
 
-    callers, path = taken(), list(_sys.path)
-    for name in callers:
-        del _sys.modules[name]
-    _sys.modules.update(_kept)
-    _sys.path.insert(0, str(_ROOT))
-    try:
-        yield
-    finally:
-        _kept.update(taken())
-        for name in taken():
+    with _shared.lock:
+        callers = taken()
+        for name in callers:
             del _sys.modules[name]
-        _sys.modules.update(callers)
-        _sys.path[:] = path
+        _sys.modules.update(_shared.kept)
+        _sys.path.insert(0, str(_ROOT))
+        try:
+            yield
+        finally:
+            _shared.kept.update(taken())
+            for name in taken():
+                del _sys.modules[name]
+            _sys.modules.update(callers)
+            _sys.path.remove(str(_ROOT))
 
 
 with _own_modules():

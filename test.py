@@ -109,6 +109,8 @@ def main() -> None:
         print(f"--base is not used: {args.load} holds a ResNet of its own", file=sys.stderr)
     if args.dependence and not trained.looks:
         raise UserError("--dependence asks of a policy network: there is none here")
+    if args.time:
+        trained.deployed()  # what cannot be timed is refused before images run
     trained.tell_accuracy(test)
     figures = profile(trained, test, args.dependence)
     if not engine.ranks.is_main():

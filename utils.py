@@ -93,14 +93,18 @@ def rollout(
     correctness, (B,) or (P, B).
     """
     logits = resnet(images, policy)
-    return logits, *reward(logits, labels, policy)
+    with torch.autocast(policy.device.type, enabled=False):  # a reward may weigh blocks by a matrix
+        return logits, *reward(logits, labels, policy)
 
 
 def leave_one_out(reward: Tensor) -> Tensor:
     """Baseline of each of an image's P >= 2 policies: the mean reward of its others.
 
-    reward: (P, B). Returns (P, B). Two policies are each other's baseline.
+    reward: (P, B). Returns (P, B). Two policies are each other's baseline. Raises ValueError where
+    an image has one policy alone.
     """
+    if len(reward) < 2:
+        raise ValueError("an image's only policy has no others to be its baseline")
     return (reward.sum(0) - reward) / (len(reward) - 1)
 
 
@@ -111,8 +115,12 @@ def policy_gradient_loss(
 
     probs: (B, K) the probabilities that `policy`, (B, K) or (P, B, K), was drawn from. advantage:
     (B,) or (P, B), taken as a constant. mask: (K,) bool, true for the blocks that count.
-    Returns a scalar.
+    Returns a scalar. Raises ValueError for advantages of another shape, which would be spread over
+    images that they do not belong to.
     """
+    if advantage.shape != policy.shape[:-1]:
+        shapes = f"{tuple(advantage.shape)} for policies {tuple(policy.shape)}"
+        raise ValueError(f"advantages have shape {shapes}: one number a policy")
     likelihood = torch.where(policy.bool(), probs, 1 - probs)
     # alpha = 1 allows a probability of exactly 0, whose logarithm would be infinite
     log_probs = likelihood.clamp_min(torch.finfo(probs.dtype).eps).log()

@@ -22,6 +22,7 @@ COLUMNS = {
     "FLOPs/img": "{flops:.2E} ± {flops_std:.2E}",
     "policies": "{unique_policies}",
 }
+IMAGES = {"images": "{images}"}
 TIMED = {"ms/img": "{ms_per_image:.3f}", "speed-up": "{speed_up:.2f}"}  # of test.py --time
 DEPENDENCE = {  # of test.py --dependence
     "shuffled": "{shuffled[accuracy]:.3f}",
@@ -43,8 +44,10 @@ def cells(form: dict[str, str], figures: dict | None) -> list[str]:
 
 
 def print_table(rows: list[dict]) -> None:
+    counted = {row.get("images") for row in rows}
     parts = [
         (COLUMNS, rows),
+        (IMAGES, [row if len(counted) > 1 and row.get("images") else None for row in rows]),
         (TIMED, [row if "speed_up" in row else None for row in rows]),
         (DEPENDENCE, [row.get("dependence") for row in rows]),
     ]
@@ -65,19 +68,25 @@ def kind(row: dict) -> str:
     return "BlockDrop" if row["load"] else "full ResNet"
 
 
-def checkpoint(row: dict) -> tuple[str, str, str | None]:
+def checkpoint(row: dict) -> tuple[str | None, ...]:
     """What has to be the same in rows that make a curve."""
-    return row["model"], row["load"], row.get("base")
+    of = " of --val_split" if row.get("val_split") else ""
+    images = f"{row.get('images')} images{of}, {row.get('precision', 'fp32')}"
+    return row["model"], row["load"], row.get("base"), images
 
 
-def names(checkpoints: set[tuple[str, str, str | None]]) -> dict[tuple, str]:
+def names(checkpoints: set[tuple[str | None, ...]]) -> dict[tuple, str]:
     """What stands behind a curve's label: nothing of a single one, else what tells them apart."""
     if len(checkpoints) == 1:
         return dict.fromkeys(checkpoints, "")
     short = {one: f", {one[0]} {Path(one[1]).name}" for one in checkpoints}
     counts = Counter(short.values())
+    alike = [one for one in checkpoints if counts[short[one]] > 1]
+    telling = [i for i, parts in enumerate(zip(*alike, strict=True)) if i and len(set(parts)) > 1]
     return {
-        one: name if counts[name] == 1 else ", ".join(["", *filter(None, one)])
+        one: name
+        if counts[name] == 1
+        else ", ".join(["", one[0], *filter(None, (one[i] for i in telling))])
         for one, name in short.items()
     }
 

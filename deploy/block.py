@@ -7,11 +7,11 @@ it, so the others are not touched.
 
 import math
 from copy import deepcopy
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import flop_counter
 
 from models import capabilities
 from models.execution import as_images, as_rows, neighbours
@@ -28,15 +28,14 @@ PACKED_BATCH = 16
 TILE = 32
 
 
-@cache
 def count_flops() -> None:
     """Have torch's FLOP counter count oneDNN's kernels, which it does not know by itself.
 
     Other counters (thop, ptflops, torchinfo) go by modules, of which a twin has none.
     """
-    from torch.utils import flop_counter  # slow to import
-
     ops = torch.ops.mkldnn
+    if not hasattr(ops, "_convolution_pointwise"):  # a build without oneDNN
+        return
     if ops._convolution_pointwise in flop_counter.flop_registry:  # by another copy of this module
         return
 
@@ -49,6 +48,8 @@ def count_flops() -> None:
     flop_counter.register_flop_formula(ops._convolution_pointwise)(pointwise)
     flop_counter.register_flop_formula(ops._convolution_pointwise_)(in_place)
 
+
+count_flops()  # a counter knows the formulas that there were when it was made
 
 # Packed copies that a convolution keeps, each as large as its weight: one for each size of images,
 # twice as many where batches of one come as well. Where more come in turn, each is made anew.
@@ -69,8 +70,6 @@ class Conv:
         self.bias = bias.detach().to(dtype)
         self.geometry = (list(conv.padding), list(conv.stride), [1, 1], 1)
         self.onednn = conv.weight.device.type == "cpu" and capabilities.fused_convolutions(dtype)
-        if self.onednn:
-            count_flops()
         self.packed: dict[tuple[int, ...], Tensor] = {}
 
     def __getstate__(self) -> dict:

@@ -47,9 +47,10 @@ class Classifier(nn.Module):
             raise ValueError(f"images have shape {tuple(images.shape)}, not (B, 3, H, W)")
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}, not uint8 or float in [0, 1]")
-        x = images / 255 if images.dtype == torch.uint8 else images
         dtype = next(self.resnet.parameters()).dtype
-        return ((x.float() - self.mean.float()) / self.std.float()).to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        x = images.to(wide) / 255 if images.dtype == torch.uint8 else images
+        return ((x.to(wide) - self.mean.to(wide)) / self.std.to(wide)).to(dtype)
 
     def _networks(self) -> tuple[nn.Module, nn.Module | None]:
         if self.training:

@@ -271,11 +271,11 @@ class DeployedGate:
     """A gate's inference-only twin: (B, C, H, W) to (B,) bool."""
 
     def __init__(self, gate: Gate, dtype: torch.dtype):
-        self.pool = gate.pool
         self.wide = torch.promote_types(dtype, torch.float32)
         self.hidden, (weight, bias) = (
             kept(layer, self.wide) for layer in reading.gate_layers(gate)
         )
+        self.pool = deepcopy(gate).pool  # which may read parameters of a subclass
         self.weight, self.bias = weight[OPEN] - weight[CLOSED], bias[OPEN] - bias[CLOSED]
 
     def __call__(self, x: Tensor) -> Tensor:

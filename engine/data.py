@@ -202,6 +202,14 @@ def load_arrays(
         arrays = DATA_SETS[config.dataset].read(args.data_dir, not args.skip_data_check)
     train = mixed(arrays["train_images"], arrays["train_labels"])
     test = mixed(arrays["test_images"], arrays["test_labels"])
+    side = config.image_size
+    for images, _ in (train, test):
+        if images.shape[1:] != (side, side, 3):  # FLOPs are counted, and files exported, for these
+            found = "x".join(map(str, images.shape[1:]))
+            raise UserError(
+                f"images of {config.dataset} are {found}, where models/registry.py says {side} "
+                "pixels a side"
+            )
     if args.val_split:
         if args.val_split >= len(train[0]):
             raise UserError(

@@ -188,6 +188,7 @@ class Training:
                 # for what a network draws by itself; what a shard draws is seeded on its own
                 torch.manual_seed(derived_seed(*part.seed, part.step, part.start))
                 self.shard, self.is_last = part, part is parts[-1][1]
+                self.is_due = True
                 with self._unsynchronised():
                     yield images[rows], labels[rows], part
         self.results.close()
@@ -204,8 +205,15 @@ class Training:
         """Learn from a shard's part of the loss; the weights change with a batch's last part.
 
         Raises UserError with the step's figures, before touching a weight, when the loss or a
-        gradient is not finite.
+        gradient is not finite; RuntimeError at a second step on a shard, whose images and gradients
+        would count twice.
         """
+        if not self.is_due:
+            raise RuntimeError(
+                "a second step on the same images: methods that take several, such as PPO, step an "
+                "optimizer of their own"
+            )
+        self.is_due = False
         # gradients are averaged over the ranks, whose losses add up
         (loss * self.world).backward()
         self.loss += loss.detach()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import models
 import utils
+from deploy import deploy
 from models import Config
 
 from . import bases, device, loop, process, ranks, resume, storage
@@ -96,6 +97,14 @@ class Run:
         accuracy, count = loop.first_accuracy(resnet, loader, self.args.precision)
         said = f"the full ResNet is right about {accuracy:.1%} of {count} images"
         self.note(loop.near_chance(accuracy, self.config.num_classes) or said)
+
+    def frozen(self, resnet: models.ResNet) -> nn.Module:
+        """A ResNet that never changes: its deployed copy, or itself where `deploy` knows it not."""
+        try:
+            return deploy(resnet, dtype=device.dtype(self.args.precision))[0]
+        except ValueError as error:
+            self.note(f"{error}: the ResNet itself runs in its place, more slowly")
+            return resnet
 
     def place(self, *networks: nn.Module) -> None:
         for network in networks:

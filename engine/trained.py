@@ -26,9 +26,15 @@ def decision_flops(resnet: nn.Module, policy: nn.Module | None, input_size) -> i
     """FLOPs an image of the policy, or of the gates that are not always open."""
     if not resnet.decides:
         return 0 if isinstance(policy, StaticPolicy) else utils.count_flops(policy, input_size)
-    asked = [k for k in range(resnet.num_blocks) if k not in resnet.always_on]
-    channels = [branch.conv1.in_channels for branch, _ in resnet.resnet.units()]
-    return sum(utils.count_flops(resnet.gates[k], (channels[k], 1, 1)) for k in asked)
+    seen: dict[nn.Module, tuple] = {}  # by the gates that are asked
+    hooks = [
+        gate.register_forward_pre_hook(lambda gate, given: seen.update({gate: given[0].shape[1:]}))
+        for gate in resnet.gates
+    ]
+    utils.count_flops(resnet, input_size)
+    for hook in hooks:
+        hook.remove()
+    return sum(utils.count_flops(gate, shape) for gate, shape in seen.items())
 
 
 class TrainedModel:
@@ -139,8 +145,12 @@ class TrainedModel:
         return 3, self.config.image_size, self.config.image_size
 
     def deployed(self) -> tuple[Callable[[Tensor], object], Callable[[Tensor], object]]:
-        """What images (B, 3, H, W) go through in use, decision included, and the full ResNet."""
-        fast, policy = deploy(self.resnet, self.policy, device.dtype(self.args.precision))
+        """What images (B, 3, H, W) go through in use, decision included, and the full ResNet.
+
+        Raises UserError naming the part that `deploy` does not know.
+        """
+        with user_errors():
+            fast, policy = deploy(self.resnet, self.policy, device.dtype(self.args.precision))
         full = fast.resnet if self.resnet.decides else fast
         return partial(models.predict, fast, policy), full
 

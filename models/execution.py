@@ -38,11 +38,18 @@ def full(units: Sequence[Unit], x: Tensor) -> Tensor:
 
 
 def check(policy: Tensor, num_images: int, num_blocks: int) -> None:
-    """Raise ValueError for a policy of another shape than (B, K) or (P, B, K)."""
+    """Raise ValueError for a policy of another shape than (B, K) or (P, B, K), or one that a
+    gradient is expected for, which it would never get.
+    """
     if policy.shape[-2:] != (num_images, num_blocks) or policy.ndim > 3:
         raise ValueError(
             f"policy has shape {tuple(policy.shape)}, not {(num_images, num_blocks)}: "
             "one row an image, one column a block"
+        )
+    if policy.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "the policy has a gradient, and blocks give it none: they are kept or dropped. "
+            "detach() it, or gate blocks as GatedResNet does"
         )
 
 

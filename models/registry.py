@@ -22,7 +22,8 @@ BLOCKDROP = ("R32_C10", "R110_C10", "R32_C100", "R110_C100", "R101_ImgNet")
 AIG = ("AIG32_C10", "AIG110_C10", "AIG32_C100", "AIG110_C100", "AIG50_ImgNet", "AIG101_ImgNet")
 USUAL = BLOCKDROP + AIG
 
-CIFAR = {"C10": ("CIFAR10", 10), "C100": ("CIFAR100", 100)}
+# Data set, number of classes and pixels a side, by what a name ends in.
+CIFAR = {"C10": ("CIFAR10", 10, 32), "C100": ("CIFAR100", 100, 32)}
 
 CLASS_NAMES = {
     "CIFAR10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
@@ -128,7 +129,7 @@ def config(name: str, gated: bool | None = None) -> Config:
 
 def letters(name: str) -> str:
     """Those that a model's name begins with: its kind."""
-    return re.match(r"[A-Z]*", name)[0]
+    return re.match(r"\D*", name)[0]
 
 
 def parse(name: str) -> Config:
@@ -152,10 +153,10 @@ def parse(name: str) -> Config:
             std=std,
         )
     if data in CIFAR and depth >= 8 and depth % 6 == 2:
-        dataset, num_classes = CIFAR[data]
+        dataset, num_classes, size = CIFAR[data]
         stages = ((depth - 2) // 6,) * 3
         names = tuple(CLASS_NAMES.get(dataset, ()))
-        return Config(name, depth, dataset, num_classes, 32, stages, gated, mean, std, names)
+        return Config(name, depth, dataset, num_classes, size, stages, gated, mean, std, names)
     raise ValueError(
         f"unknown model {name!r}: take one of {', '.join(USUAL)}, another CIFAR depth 6n+2 "
         f"such as R56_C10, or another ImageNet depth ({', '.join(f'R{d}' for d in IMAGENET)}); "
@@ -193,5 +194,4 @@ def ungated(spec: Config) -> ResNet:
     if spec.has_pictures:
         block, stages = IMAGENET[spec.depth]
         return ImageNetResNet(block, stages, spec.num_classes)
-    (method,) = (letters for letters in CIFAR_RESNETS if re.match(rf"{letters}\d", spec.name))
-    return CIFAR_RESNETS[method](spec.stages, spec.num_classes)
+    return CIFAR_RESNETS[letters(spec.name)](spec.stages, spec.num_classes)

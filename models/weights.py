@@ -89,9 +89,14 @@ def our_names(state: State, anchor: str = STEM) -> dict[str, Tensor]:
     return renamed
 
 
+def has_names_of(module: nn.Module, state: State) -> bool:
+    """Whether tensors are named as the module's are, so that no other code's names are meant."""
+    return set(state) == set(module.state_dict())
+
+
 def load_resnet(resnet: ResNet, state: State) -> None:
     """Load ResNet weights in any known layout. Raises ValueError naming a tensor that is wrong."""
-    names = our_names(state)
+    names = state if has_names_of(resnet, state) else our_names(state)
     if resnet.shortcuts and any(name.startswith("ds.") for name in names):
         raise ValueError(
             "its shortcuts are 1x1 convolutions, as the ResNets of ConvNet-AIG have them: "
@@ -126,8 +131,11 @@ def load_grown(resnet: ResNet, state: State) -> int:
     load_strictly(resnet, names)
     for block, place in zip(blocks, places, strict=True):
         if place in new:
-            *_, norm = (part for part in block.children() if isinstance(part, nn.BatchNorm2d))
-            nn.init.zeros_(norm.weight), nn.init.zeros_(norm.bias)
+            kinds = (nn.BatchNorm2d, nn.GroupNorm)
+            norms = [part for part in block.children() if isinstance(part, kinds)]
+            if not norms:
+                raise ValueError(f"a {type(block).__name__} has no norm to be closed by at first")
+            nn.init.zeros_(norms[-1].weight), nn.init.zeros_(norms[-1].bias)
     return len(places) - len(new)
 
 
@@ -156,8 +164,10 @@ def load_policy(policy_net: PolicyNet, state: State) -> None:
 
     Raises ValueError naming a tensor that is missing, extra or wrongly shaped.
     """
-    names = our_names(state, "logit.weight")
-    load_strictly(policy_net, {n: t for n, t in names.items() if not n.startswith("features.fc.")})
+    if not has_names_of(policy_net, state):
+        names = our_names(state, "logit.weight")
+        state = {n: t for n, t in names.items() if not n.startswith("features.fc.")}
+    load_strictly(policy_net, state)
 
 
 def load_gated(net: GatedResNet, state: State) -> None:

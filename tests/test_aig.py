@@ -403,3 +403,56 @@ def test_a_run_goes_on_with_other_targets(run, cifar_dir, tmp_path):
     assert status == 0, err
     rates = json.loads((second / "metrics.jsonl").read_text().splitlines()[-1])["train_rates"]
     assert rates[0] == rates[2] == 1 > rates[1]
+
+
+class Convolved(aig.Gate):
+    """A gate with a convolution in front of its pooling."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False)
+
+    def forward(self, x):
+        return super().forward(self.conv(x))
+
+
+def test_gates_are_counted_at_the_size_that_they_see(monkeypatch):
+    from engine import trained
+
+    monkeypatch.setitem(
+        models.registry.CIFAR_RESNETS, "AIGconv", models.resnet.ProjectedCifarResNet
+    )
+    monkeypatch.setitem(models.registry.GATES, "AIGconv", Convolved)
+    net, _ = models.build("AIGconv8_C10")  # its name in letters of both kinds
+    assert type(net.gates[0]) is Convolved
+    size = 3, 32, 32
+    found = trained.decision_flops(net, None, size)
+    by_hand = [
+        2 * (32 // (side * 2)) ** 2 * c * c * 9 + 2 * c * aig.HIDDEN + 2 * aig.HIDDEN * 2
+        for c, side in ((16, 1), (16, 1), (32, 2))
+    ]
+    assert found == sum(by_hand)
+    net.set_targets([1, 0.5, 0.5])
+    assert trained.decision_flops(net, None, size) == sum(by_hand[1:])
+    assert not any(gate._forward_pre_hooks for gate in net.gates)
+
+
+def test_a_deployed_gate_shares_nothing_with_its_gate():
+    class Scaled(aig.Gate):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def pool(self, x, dtype):
+            return (x.mean((2, 3)) * self.scale).to(dtype)
+
+    torch.manual_seed(0)
+    net = aig.GatedResNet(models.build("R8_C10")[0], Scaled).eval()
+    for gate in net.gates:
+        nn.init.normal_(gate.fc2.weight)
+    fast, _ = models.deploy(net)
+    images = torch.randn(8, 3, 32, 32)
+    before = fast(images)[0]
+    for gate in net.gates:
+        gate.scale.data.fill_(-100.0)
+    assert torch.equal(fast(images)[0], before)

@@ -329,3 +329,26 @@ def test_what_is_kept_is_said_in_words(done, steps, said, tmp_path):
     error = ValueError()
     engine.Run.__exit__(run, ValueError, error, None)
     assert error.__notes__ == [f"{said}; go on with --load {tmp_path / 'last.t7'}"]
+
+
+def test_a_second_step_on_a_shard_is_refused():
+    """Its gradients would add up to the first one's, and its images would count twice."""
+
+    class OneBatch:
+        num_images = batch_size = 3
+
+        def epoch(self, epoch, skip=0):
+            yield torch.randn(3, 4), torch.zeros(3), engine.Shard(0, 3, 3)
+
+        def __len__(self):
+            return 1
+
+    layer = nn.Linear(4, 2)
+    training = loop.Training([layer], [torch.optim.SGD(layer.parameters(), 0.1)], micro_batch=2)
+    steps = 0
+    for images, labels, _ in training.batches(OneBatch(), 1):  # in two parts, a step each
+        training.step(layer(images).mean(), {"correct": labels == 0})
+        steps += 1
+        with pytest.raises(RuntimeError, match="a second step on the same images"):
+            training.step(layer(images).mean(), {"correct": labels == 0})
+    assert steps == 2 and len(training.results["correct"]) == 3

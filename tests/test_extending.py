@@ -99,6 +99,30 @@ def test_a_data_set(extended, tmp_path):
     python("pretrain.py", *common, *SHORT, "--cv_dir", tmp_path / "base")
     out = python("test.py", *common, "--base", tmp_path / "base" / "last.t7")
     assert "Block Usage: 3.000" in out
+    names = python("-c", "import models; print(*models.config('R8_SVHN').class_names)")
+    assert names.split() == list("0123456789")
+
+
+def test_a_data_set_of_another_size(extended, tmp_path):
+    """FLOPs are counted for the size that the registry names, which is that of the images."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        images = rng.integers(0, 256, (20, 28, 28, 3)).astype(np.uint8)
+        labels = (np.arange(20) % 10).astype(np.uint8)
+        np.savez(tmp_path / f"svhn_{split}.npz", images=images, labels=labels)
+    python = extended("A data set")
+    registry = tmp_path / "copy" / "models" / "registry.py"
+    common = ["--model", "R8_SVHN", "--data_dir", tmp_path]
+    training = ["pretrain.py", *common, *SHORT, "--cv_dir", tmp_path / "base"]
+    with pytest.raises(AssertionError, match="images of SVHN are 28x28x3, where .* says 32 pixels"):
+        python(*training)
+    registry.write_text(registry.read_text().replace('("SVHN", 10, 32)', '("SVHN", 10, 28)'))
+    python(*training)
+    out = python("test.py", *common, "--base", tmp_path / "base" / "last.t7")
+    # a stem, three blocks of two convolutions, and a classifier, 2 FLOPs a multiply-add
+    blocks = [(28, 16, 16), (28, 16, 16), (14, 16, 32), (14, 32, 32), (7, 32, 64), (7, 64, 64)]
+    flops = 2 * sum(9 * side**2 * a * b for side, a, b in [(28, 3, 16), *blocks]) + 2 * 64 * 10
+    assert f"FLOPs/img: {flops:.2E}" in out
 
 
 def test_a_base_network(extended, cifar_dir, tmp_path):

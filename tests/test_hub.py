@@ -282,3 +282,76 @@ def test_a_classifier_works_in_inference_mode(hub, images):
         torch.testing.assert_close(made_inside(images), expected)
         torch.testing.assert_close(made_inside.double()(images), expected, check_dtype=False,
                                    rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+THREADS = """
+import sys, threading, torch, models, utils
+def load():
+    torch.hub.load({root!r}, "R32_C10_full", pretrained=False, source="local", verbose=False)
+    loaded.append(1)
+for _ in range(5):
+    loaded = []
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert len(loaded) == 4
+assert sys.modules["models"] is models and sys.modules["utils"] is utils
+assert models.mine and utils.mine
+"""
+
+
+def test_threads_may_load_at_the_same_time(tmp_path):
+    for name in ("utils.py", "models.py"):
+        (tmp_path / name).write_text("mine = True\n")
+    (tmp_path / "program.py").write_text(THREADS.format(root=str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+
+
+def test_loads_share_their_modules():
+    """Else each would leave its threads and its hook on optimizers behind."""
+    first, second = (
+        torch.hub.load(str(ROOT), "R32_C10_full", pretrained=False, source="local", verbose=False)
+        for _ in range(2)
+    )
+    assert type(first.resnet) is type(second.resnet)
+    hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
+    before = len(hooks)
+    torch.hub.load(str(ROOT), "R32_C10_full", pretrained=False, source="local", verbose=False)
+    assert len(hooks) == before
+
+
+def test_the_first_call_is_counted():
+    script = f"""
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+net = torch.hub.load({str(ROOT)!r}, "R32_C10_full", source="local", verbose=False)
+with FlopCounterMode(display=False) as counter, torch.no_grad():
+    net(torch.zeros(1, 3, 32, 32))
+print(counter.get_total_flops())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert f"{int(done.stdout):.2E}" == "1.38E+08"
+
+
+def test_a_classifier_sees_hooks_that_come_later(hub, images):
+    net = hub.R32_C10_full(pretrained=False)
+    net(images)
+    hook = net.resnet.blocks[0][0].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="leaves out the forward hooks of a BasicBlock"):
+        net(images)
+    net(images)
+    hook.remove()
+    net(images)
+
+
+def test_pixels_are_normalised_as_widely_as_the_weights(hub, images):
+    net = hub.R32_C10_full().double()
+    mean, std = net.mean.double(), net.std.double()
+    with torch.no_grad():
+        expected = net.resnet((images.double() / 255 - mean) / std)
+    torch.testing.assert_close(net(images), expected, rtol=0, atol=1e-12)

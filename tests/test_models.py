@@ -468,3 +468,15 @@ def test_second_derivatives_are_those_of_masked_execution(name, second):
             found[execution] = weight.grad
     assert found["masked"].abs().max() > 0
     torch.testing.assert_close(found["sparse"], found["masked"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("execution", ["sparse", "masked"])
+def test_a_policy_with_a_gradient_is_refused(execution):
+    resnet, _ = models.build("R8_C10")
+    resnet.execution = execution
+    policy, images = torch.ones(2, 3, requires_grad=True), torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="the policy has a gradient"):
+        resnet(images, policy)
+    with torch.no_grad():
+        resnet(images, policy)
+    resnet(images, policy.detach())

@@ -1,14 +1,18 @@
 """Networks that users changed: their copies for inference come out right, or are refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_deployment import random_norms
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import engine
 import models
 from deploy import onnx_graph
 from deploy.onnx_files import Margins, session
+from engine.trained import TrainedModel
 from models.resnet import BasicBlock
 
 CONFIG = models.config("R14_C10")
@@ -203,3 +207,21 @@ def test_margins_leave_no_hooks():
         net(torch.rand(3, 3, 32, 32))
     assert margins.nearest(3).shape == (3,)
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_frozen_resnet_that_deploy_does_not_know_runs_itself():
+    torch.manual_seed(0)
+    resnet = models.build("R8_C10")[0].eval()
+    policy, images = torch.tensor([[1.0, 0, 1], [0, 1, 1]]), torch.randn(2, 3, 32, 32)
+    told = []
+    run = SimpleNamespace(args=SimpleNamespace(precision="fp32"), note=told.append)
+    fast = engine.Run.frozen(run, resnet)
+    assert fast is not resnet and not told
+    torch.testing.assert_close(fast(images, policy), resnet(images, policy), rtol=1e-4, atol=1e-4)
+    resnet.blocks[1][0].__class__ = TwiceBlock
+    assert engine.Run.frozen(run, resnet) is resnet
+    (text,) = told
+    assert "deploy does not know TwiceBlock.forward: the ResNet itself runs" in text
+    trained = SimpleNamespace(resnet=resnet, policy=None, args=run.args)
+    with pytest.raises(engine.UserError, match="deploy does not know TwiceBlock.forward"):
+        TrainedModel.deployed(trained)

@@ -147,6 +147,23 @@ def test_only_rows_of_one_checkpoint_make_a_curve(monkeypatch, tmp_path):
     assert [point[0] for point in drawn["points"]] == ["BlockDrop"]
 
 
+def test_rows_of_other_images_make_no_curve(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    summary = script_module("benchmarks/summary")
+    one = "R32_C10", "cv/curve", None
+    ways = ["10000 images, fp32", "40 images of --val_split, fp32", "40 images, bf16"]
+    assert summary.names({(*one, way) for way in ways}) == {
+        (*one, way): f", R32_C10, {way}" for way in ways
+    }
+    row = {"name": "x", "model": "R32_C10", "load": "a", "block_usage": 5.0, "block_usage_std": 1.0,
+           "accuracy": 0.9, "flops": 5e7, "flops_std": 1e7, "unique_policies": 3}  # fmt: skip
+    assert summary.checkpoint(row | {"images": 40}) != summary.checkpoint(row | {"images": 50})
+    summary.print_table([row | {"images": 40}, row | {"images": 50}])
+    assert "images" in capsys.readouterr().out
+    summary.print_table([row | {"images": 40}, row | {"images": 40}])
+    assert "images" not in capsys.readouterr().out
+
+
 def test_figures_that_are_none_are_refused(run, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     (tmp_path / "text.json").write_text("no figures")

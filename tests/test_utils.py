@@ -367,3 +367,26 @@ def test_expected_rewards_against_a_loop():
         for c in range(3):
             p, usage = right[b, c].item(), sum(candidates[c].tolist()) / 4
             assert found[b, c].item() == pytest.approx(p * (1 - usage**2) + (1 - p) * -2.5)
+
+
+def test_advantages_of_another_shape_are_refused():
+    probs, policy = torch.full((4, 3), 0.5), torch.ones(4, 3)
+    for shape in ((4, 1), (1, 4), (), (3,)):
+        with pytest.raises(ValueError, match="advantages have shape"):
+            utils.policy_gradient_loss(probs, policy, torch.ones(shape))
+    with pytest.raises(ValueError, match="only policy has no others"):
+        utils.leave_one_out(torch.ones(1, 4))
+
+
+def test_a_reward_is_computed_without_autocast():
+    cost = torch.linspace(0, 1, 7)
+
+    def by_cost(logits, labels, policy):
+        return policy @ cost, logits.argmax(-1) == labels
+
+    policy = torch.ones(2, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, reward, _ = utils.rollout(
+            lambda *_: torch.eye(2), torch.zeros(2, 3, 8, 8), torch.zeros(2), policy, by_cost
+        )
+    assert reward.dtype == torch.float32 and torch.equal(reward, policy @ cost)

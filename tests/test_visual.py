@@ -258,3 +258,11 @@ def test_the_papers_points_do_not_depend_on_what_is_loaded(load):
     # stem, shortcuts and classifier, 9.4 blocks of 9.14E+06, and 2.45E+07 of the policy network
     assert found["paper, stage 1"] == pytest.approx(1.11e8, rel=0.005)
     assert found["paper, stage 2"] == pytest.approx(8.83e7, rel=0.005)
+
+
+def test_ticks_of_accuracy_differ():
+    data = {"train_accuracy": ([1, 2], [0.933, 0.93]), "test_accuracy": ([2], [0.91])}
+    figure = figures.curves(data, None)
+    figure.canvas.draw()
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert len(set(labels)) == len(labels) and all(label.endswith("%") for label in labels)

@@ -601,3 +601,62 @@ def test_gates_are_loaded_with_their_targets(tmp_path):
     other, _ = models.build("AIG14_C10")
     models.Checkpoint.read(tmp_path / "x.pt").load_into(other)
     assert other.always_on == {0, 2}
+
+
+class Squeezed(models.resnet.BasicBlock):
+    """A block with GroupNorm, a squeeze and a name that other codes have elsewhere."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        channels = self.conv2.out_channels
+        self.bn1, self.bn2 = nn.GroupNorm(4, channels), nn.GroupNorm(4, channels)
+        self.linear = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out * self.linear(out.mean((2, 3))).sigmoid()[:, :, None, None]
+
+
+def own_resnet(stages):
+    """A base of a user's own, whose stem has another name."""
+    resnet = models.CifarResNet(stages, 10)
+    for blocks in resnet.blocks:
+        for i, block in enumerate(blocks):
+            channels = block.conv1.in_channels, block.conv1.out_channels
+            blocks[i] = Squeezed(*channels, block.conv1.stride[0])
+    resnet.first = resnet.conv1
+    resnet.linear = nn.Linear(2, 2)
+    del resnet.conv1
+    return resnet
+
+
+def test_own_names_are_no_other_codes(tmp_path):
+    resnet, other = own_resnet([1, 1, 1]), own_resnet([1, 1, 1])
+    torch.save({"resnet": resnet.state_dict(), "stage": 0}, tmp_path / "last.t7")
+    models.Checkpoint.read(tmp_path / "last.t7").load_into(other)
+    assert torch.equal(other.first.weight, resnet.first.weight)
+    assert torch.equal(other.linear.weight, resnet.linear.weight)
+    _, policy_net = models.build("R8_C10")
+    policy_net.features.fc = nn.Linear(2, 2)
+    state = {name: tensor + 1 for name, tensor in policy_net.state_dict().items()}
+    models.weights.load_policy(policy_net, state)
+    assert torch.equal(policy_net.features.fc.weight, state["features.fc.weight"])
+
+
+def test_blocks_with_other_norms_grow():
+    def make(depth):
+        resnet = models.CifarResNet([depth] * 3, 10).eval()
+        for block, _ in resnet.units():
+            block.bn1 = nn.GroupNorm(4, block.conv1.out_channels)
+            block.bn2 = nn.GroupNorm(4, block.conv1.out_channels)
+        return resnet
+
+    small, large = make(1), make(2)
+    assert models.weights.load_grown(large, small.state_dict()) == 3
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(large(images), small(images))
+    for block, _ in large.units():
+        block.bn1, block.bn2 = nn.Identity(), nn.Identity()
+    state = {n: t for n, t in small.state_dict().items() if ".bn" not in n or n.startswith("bn1")}
+    with pytest.raises(ValueError, match="a BasicBlock has no norm"):
+        models.weights.load_grown(large, state)

@@ -313,7 +313,7 @@ def label_apart(ax, points) -> None:
 
 
 PANELS = {
-    "accuracy": ("accuracy", "{x:.0%}"),
+    "accuracy": ("accuracy", PercentFormatter(1)),
     "reward": ("mean reward", None),
     "sparsity": ("blocks kept", None),
     "unique_policies": ("distinct policies", None),
