@@ -107,13 +107,14 @@ def check(
     test,
     int8: bool = False,
     penalty: float | None = None,
-    hint: str = "",
+    fixed: Sequence[bool | None] = (),
 ) -> dict:
     """Compare the file, at a penalty if it has an input for it, with PyTorch; say what it gives.
 
     Raises UserError where policies differ, or logits by more than TOLERANCE; images with a decision
     within NEAR of the other outcome are not compared, but named. An int8 file is another network:
-    it has to find PyTorch's classes on most images.
+    it has to find PyTorch's classes on most images. Of no image PyTorch may decide otherwise about
+    the blocks that are `fixed`.
     """
     found = onnx_files.compare(content, trained.resnet, trained.policy, test, penalty)
     count = len(found["policy"])
@@ -124,11 +125,17 @@ def check(
     else:
         wrong = ~(found["same_policy"] & (found["difference"] <= TOLERANCE)) & ~near
         allowed = 0
+    otherwise = onnx_files.against_fixed(found.pop("pytorch_policy"), fixed) & ~near
+    if otherwise.any():
+        raise UserError(
+            f"{otherwise.sum()} of {count} images decide otherwise about the blocks of --fixed "
+            f"({named(otherwise.nonzero()[:, 0].tolist())}): nothing is written"
+        )
     if wrong.sum() > allowed:
         rows = wrong.nonzero()[:, 0].tolist()
         raise UserError(
             f"ONNX Runtime and PyTorch differ on {len(rows)} of {count} images ({named(rows)}): "
-            f"nothing is written{hint}"
+            "nothing is written"
         )
     means = {name: part.double().mean().item() for name, part in found.items() if part.ndim == 1}
     compared = found["difference"][~near]
@@ -155,8 +162,12 @@ def metadata(
     class_names: list[str],
     figures: Sequence[dict],
     fixed: Sequence[bool | None] | None = None,
+    seen: int = 0,
 ) -> dict[str, str]:
-    """What the file says of itself; with an input for the penalty its figures are by penalty."""
+    """What the file says of itself; with an input for the penalty its figures are by penalty.
+
+    fixed: by so many training images as were `seen`.
+    """
     config, side = trained.config, trained.config.image_size
     image = f"uint8 RGB, {side}x{side}"
     if config.has_pictures:
@@ -176,7 +187,7 @@ def metadata(
     }
     if fixed is not None:
         facts["fixed"] = (
-            f"as {COUNTED} training images all do, every image keeps blocks "
+            f"as {seen} training images all do, every image keeps blocks "
             f"{numbers(fixed, True)} and drops {numbers(fixed, False)}, counted from 0"
         )
     for name in ("accuracy", "mean_blocks"):
@@ -193,9 +204,11 @@ def metadata(
 def training_images(config, args, trained: TrainedModel, num_images: int) -> Iterator[Tensor]:
     """Batches of the last COUNTED of so many training images, as an evaluation sees them.
 
-    num_images: without those that `--val_split` holds out.
+    num_images: without those that `--val_split` holds out. Raises UserError where it leaves none.
     """
     last = min(COUNTED, num_images - 1)
+    if last < 1:
+        raise UserError(f"--fixed has no training images to go by: there are {num_images}")
     held_out = args.val_split or 0
     asked = argparse.Namespace(**vars(args) | {"val_split": last + held_out})
     _, counted = engine.data.load(config, asked, trained.device, training=False)
@@ -222,12 +235,14 @@ def main() -> None:
     if args.int8 or args.fixed:
         train, _ = engine.data.load(config, args, trained.device)
     ranges = fixed = None
+    seen = 0
     if args.int8:
         tried = args.penalties if args.penalty_input else ()
         ranges = onnx_files.calibrate(trained.resnet, trained.policy, train, tried)
     if args.fixed:
-        seen = training_images(config, args, trained, train.num_images)
-        fixed = onnx_files.fixed_blocks(trained.resnet, trained.policy, seen)
+        batches = list(training_images(config, args, trained, train.num_images))
+        seen = sum(map(len, batches))
+        fixed = onnx_files.fixed_blocks(trained.resnet, trained.policy, batches)
     with engine.user_errors(args.model):
         model = onnx_files.build(
             trained.resnet, trained.policy, config, args.opset, ranges, args.penalty_input, fixed
@@ -237,9 +252,8 @@ def main() -> None:
     trained.tell_accuracy(test)
     content = model.SerializeToString()
     asked = args.penalties if args.penalty_input else (None,)
-    hint = "; with --fixed a test image decides otherwise than all training images" * args.fixed
-    figures = [check(content, trained, test, args.int8, penalty, hint) for penalty in asked]
-    for key, value in metadata(args, trained, test.class_names, figures, fixed).items():
+    figures = [check(content, trained, test, args.int8, penalty, fixed or ()) for penalty in asked]
+    for key, value in metadata(args, trained, test.class_names, figures, fixed, seen).items():
         model.metadata_props.add(key=key, value=value)
     content = model.SerializeToString()
     engine.storage.write_whole(content, args.out)

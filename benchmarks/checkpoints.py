@@ -17,7 +17,7 @@ from measure import machine, table, timed, write
 
 import engine
 from engine import UserError, options
-from engine.trained import TrainedModel, speed, whole_batches
+from engine.trained import Held, TrainedModel, speed, whole_batches
 
 
 def parse_args():
@@ -64,11 +64,12 @@ def rows_of(args) -> list[Row]:
 def measure(rows: list[Row], size: int, passes: int) -> list[dict]:
     """What main prints of each; the first pass, in which kernels are made, is not timed."""
     seconds = [[] for _ in rows]
-    batches = [whole_batches(row.test, size, 1 + passes) for row in rows]
+    held = [Held(row.test, size) for row in rows]
+    batches = [whole_batches(test, size, 1 + passes) for test in held]
     for done, all_images in enumerate(zip(*batches, strict=True)):
         for row, images, found in zip(rows, all_images, seconds, strict=True):
             spent = timed(partial(row.call, images))
-            if done >= rows[0].test.num_images // size:
+            if done >= len(held[0].batches):
                 found.append(spent)
     return [
         {"name": row.name, "batches": len(found), **speed(found, seconds[0], size)}

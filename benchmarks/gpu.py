@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,6 +235,8 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "gpu.log"
     log.unlink(missing_ok=True)
+    for stage in ("stage1", "stage2"):  # else their steps would find all epochs done
+        shutil.rmtree(args.out / stage, ignore_errors=True)
     facts, done, left_out = machine(), [], []
     todo = steps(args)
     for number, step in enumerate(todo, 1):

@@ -14,6 +14,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -52,7 +53,7 @@ def parse_args():
     parser = options.parser(__doc__)
     add = parser.add_argument
     add("--load", help="checkpoint whose policies and weights to time")
-    add("--base", help="pretrained ResNet of a stage-1 checkpoint")
+    options.add_base(parser)
     add(
         "--keep",
         type=options.positive,
@@ -62,7 +63,7 @@ def parse_args():
     )
     add(
         "--busy",
-        type=int,
+        type=options.amount,
         nargs="+",
         default=[0],
         metavar="N",
@@ -226,8 +227,10 @@ def rows_of(resnet, policy, config, policies, x, precision, args) -> list[dict]:
     fixed, per_block = utils.block_flops(resnet.resnet if config.gated else resnet, size)
     full = fixed + per_block.sum().item()
     kept = fixed + (policies.cpu().double() @ per_block).mean().item()
+    # masked execution leaves out the blocks that no image of a batch keeps
+    masked = fixed + (policies.cpu().amax(1).double() @ per_block).mean().item()
     decision = decision_flops(resnet, policy, size)
-    gflops = conv_gflops(len(x), DTYPES[precision], x.device)
+    gflops = None if config.has_pictures else conv_gflops(len(x), DTYPES[precision], x.device)
     rows = []
     for processes in args.busy:
         with busy(processes):
@@ -236,7 +239,7 @@ def rows_of(resnet, policy, config, policies, x, precision, args) -> list[dict]:
         # the better of a part a thread and all threads a kernel
         deployed = min(s for name, s in seconds.items() if name.startswith("full, deployed"))
         for name, value in seconds.items():
-            flops = kept if "ours" in name else full
+            flops = kept if "ours" in name else masked if "masked" in name else full
             flops += decision if "with" in name else 0
             reference = deployed if "deployed" in name else seconds.get("full, eager", best_full)
             rows.append(
@@ -261,6 +264,12 @@ def main() -> None:
     args = parse_args()
     with engine.user_errors():  # random policies need no data
         config = engine.data.config_of(args) if args.load else models.config(args.model)
+    if not args.load:
+        config = replace(config, image_size=args.image_size or config.image_size)
+        if args.keep > config.num_blocks:
+            raise engine.UserError(
+                f"--keep {args.keep:g}: {args.model} has {config.num_blocks} blocks"
+            )
     device = engine.device.pick(args.device)
     engine.device.keep_freed_memory()
     torch.manual_seed(args.seed)
@@ -311,7 +320,7 @@ def main() -> None:
                     r["busy"], r["precision"], r["batch"], r["contender"], f"{r['ms']:.2f}",
                     f"{r['speed_up']:.2f}", f"{r['flop_ratio']:.2f}", f"{r['efficiency']:.2f}",
                     f"{r['over_fastest_full']:.2f}", f"{r['gflops']:.0f}",
-                    f"{r['gflops'] / r['conv_gflops']:.2f}",
+                    f"{r['gflops'] / r['conv_gflops']:.2f}" if r["conv_gflops"] else "",
                 ]
                 for r in rows
             ],

@@ -9,6 +9,7 @@ core each where they can.
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 from measure import busy, machine, table, write
 
 import engine
-from engine import options
+from engine import UserError, options
 
 CORES = len(os.sched_getaffinity(0))
 WAYS = {  # processes, threads of each
@@ -46,7 +47,9 @@ def epoch(processes: int, threads: int, script: str, *words) -> dict[str, float]
         command += [engine.storage.ROOT / script, "--cv_dir", folder, "--device", "cpu"]
         command += ["--max_epochs", "3", "--test_every", "99", *words]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        subprocess.run(list(map(str, command)), check=True, capture_output=True, env=env)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+        if done.returncode:
+            raise UserError(f"{script}: {(done.stderr.splitlines() or ['failed'])[-1]}")
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
     return {"seconds": json.loads(lines[1])["seconds"], "peak": peak}
@@ -58,6 +61,8 @@ def main() -> None:
     print(json.dumps(facts))
     common = ["--model", args.model, "--data_dir", args.data_dir, "--subset", args.images]
     common += ["--batch_size", args.batch_size, "--precision", args.precision]
+    common += ["--seed", args.seed, *(["--skip_data_check"] if args.skip_data_check else [])]
+    common += ["--image_size", args.image_size] if args.image_size else []
     seconds: dict[tuple[int, str], list[float]] = {}
     for _ in range(args.rounds):  # in turn, so that drift hits them all
         for others in BUSY:
@@ -66,7 +71,7 @@ def main() -> None:
                     found = epoch(*way, "pretrain.py", *common)
                     seconds.setdefault((others, name), []).append(found["seconds"])
     rows = [
-        [others, *(f"{sorted(seconds[others, name])[args.rounds // 2]:.1f}" for name in WAYS)]
+        [others, *(f"{statistics.median(seconds[others, name]):.1f}" for name in WAYS)]
         for others in BUSY
     ]
     print(f"\n{table(['busy processes', *WAYS], rows)}")

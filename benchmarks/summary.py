@@ -120,7 +120,7 @@ def read(argument: str) -> dict:
         raise UserError(f"{argument}: expected NAME=FILE.json")
     with user_errors(file):  # a file that is no JSON is a ValueError
         figures = json.loads(Path(file).read_text())
-    if "unique_policies" not in figures:
+    if not isinstance(figures, dict) or "unique_policies" not in figures:
         raise UserError(f"{file}: no figures of test.py --json")
     return {"name": name, **figures}
 

@@ -45,7 +45,7 @@ class OneGraph:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> Tensor:
-        self.input.copy_(x)
+        self.input.copy_(alike(x, self.input))
         self.replay()
         return self.result
 
@@ -79,7 +79,7 @@ class GraphPerBlock:
     @torch.inference_mode()
     def __call__(self, x: Tensor, policy: Tensor) -> Tensor:
         """x: (1, 3, H, W). policy: (1, K). Returns logits (1, classes)."""
-        self.input.copy_(x)
+        self.input.copy_(alike(x, self.input))
         self.start()
         for keep, kept, dropped in zip(
             execution.kept_counts(policy), self.kept, self.dropped, strict=True
@@ -90,6 +90,13 @@ class GraphPerBlock:
                 dropped()
         self.end()
         return self.logits
+
+
+def alike(x: Tensor, recorded: Tensor) -> Tensor:
+    """x. Raises ValueError where it has another shape, which a copy would spread in silence."""
+    if x.shape != recorded.shape:
+        raise ValueError(f"images {tuple(x.shape)}: recorded were {tuple(recorded.shape)}")
+    return x
 
 
 def copy_of(call: Callable[[Tensor], Tensor], x: Tensor, result: Tensor) -> Tensor:
@@ -104,8 +111,10 @@ def record(
     fast, policy: of `deploy`, on a GPU; a penalty that is set later does not reach them. example:
     an image (1, 3, H, W) there. Returns a function of such images that gives logits (1, classes)
     and the policy (1, K), tensors that its next call writes over. Raises ValueError where there is
-    no GPU, or another number of images.
+    no GPU, another number of images, or networks that are none of those.
     """
+    if not isinstance(fast, DeployedResNet) or policy is None:
+        raise ValueError("graphs are recorded of what deploy gives for a ResNet and its policy")
     if recorder is graph and example.device.type != "cuda":
         raise ValueError(f"CUDA graphs need a GPU, and this image is on the {example.device.type}")
     if len(example) != 1:

@@ -66,6 +66,13 @@ def fixed_blocks(resnet: nn.Module, policy: nn.Module | None, images) -> list[bo
     return [True if k else False if d else None for k, d in zip(kept, dropped, strict=True)]
 
 
+def against_fixed(policies: Tensor, fixed: Sequence[bool | None]) -> Tensor:
+    """Which of the N images with policies (N, K) decide otherwise about a block that is fixed."""
+    told = [k for k, value in enumerate(fixed) if value is not None]
+    values = torch.tensor([bool(fixed[k]) for k in told], dtype=torch.bool)
+    return (policies[:, told].bool() != values).any(1)
+
+
 @contextmanager
 def asked_for(policy: nn.Module | None, penalty: float | None) -> Iterator[None]:
     """Inside, a `PenaltyPolicy` chooses for this penalty; with None any policy stays as it is."""
@@ -95,7 +102,7 @@ def compare(
 
     Returns policies (N, K) and whether the class is right (N,) as the file has them; the largest
     difference of logits, relative to the largest logit, whether policy and class are the same, and
-    the margins, all (N,).
+    the margins, all (N,); and PyTorch's policies (N, K).
     """
     run = session(content)
     more = {} if penalty is None else {"penalty": np.array([penalty], np.float32)}
@@ -117,6 +124,7 @@ def compare(
             "correct": theirs.argmax(1) == labels.cpu(),
             "difference": (theirs - logits).abs().amax(1) / logits.abs().amax(1),
             "same_policy": (their_policy == chosen).all(1),
+            "pytorch_policy": chosen,
             "same_class": theirs.argmax(1) == logits.argmax(1),
             "margin": margins.nearest(len(images)).cpu(),
         }

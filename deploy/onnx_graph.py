@@ -122,7 +122,8 @@ class Graph:
         value = value.numpy(force=True) if isinstance(value, Tensor) else np.asarray(value)
         value = value.astype(np.float32) if value.dtype == np.float64 else value
         name = self.name(name)
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        value = np.asarray(value, order="C")  # not ascontiguousarray, which makes one axis of none
+        self.constants.append(numpy_helper.from_array(value, name))
         return name
 
     def choose(

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -377,8 +378,36 @@ def test_a_fixed_block_that_a_test_image_wants_otherwise_is_refused(
     stage2(path, images)
     monkeypatch.setattr(onnx_files, "fixed_blocks", lambda *_: [True] + [None] * 5)
     status, _, err, file = export("--load", path, "--fixed")
-    assert status == 2 and "with --fixed a test image decides otherwise" in err
+    assert status == 2 and "images decide otherwise about the blocks of --fixed" in err
     assert not file.exists()
+    # int8 files have policies of their own, so PyTorch's are asked
+    status, _, err, file = export("--load", path, "--fixed", "--int8")
+    assert status == 2 and "images decide otherwise about the blocks of --fixed" in err
+    assert not file.exists()
+
+
+def test_the_file_says_how_many_images_fixed_its_blocks(export, images, tmp_path):
+    path = tmp_path / "ckpt.t7"
+    stage2(path, images)
+    biased(path, always=range(6))
+    status, _, err, file = export("--load", path, "--fixed")
+    assert status == 0, err
+    assert facts(file)["fixed"].startswith("as 119 training images all do")
+    status, _, err, file = export("--load", path, "--fixed", "--val_split", 119, "--force")
+    assert status == 2 and "--fixed has no training images to go by: there are 1" in err
+
+
+@pytest.mark.parametrize("policy", ["first:3", "0-0-1-0", "2-1-0-2"])
+def test_int8_of_a_dropped_projection(policy):
+    """A kept one in front of it is fused with its sum, whose steps have to be scalars."""
+    torch.manual_seed(0)
+    config = replace(models.config("R18_Folder"), num_classes=3, image_size=64)
+    resnet = scatter(models.build("R18_Folder", 3)[0])
+    static = models.StaticPolicy(utils.static_policy(policy, config.stages))
+    x = torch.randn(4, 3, 64, 64)
+    ranges = int8.observe([resnet, static], lambda x: models.predict(resnet, static, x), [x])
+    model = onnx_files.build(resnet, static, config, 17, ranges)
+    onnx_files.session(model.SerializeToString())
 
 
 def test_a_penalty_input_wants_a_policy_that_chooses(export, images, tmp_path):
