@@ -1,4 +1,4 @@
-# make demo: the whole method on real CIFAR-10, on any processor; it forecasts how long it takes
+# make demo: both stages in short on real CIFAR-10, on any processor; it forecasts how long it takes
 # make test: style and tests
 # make reproduce MODEL=R32_C10: the chain of trainings in recipes/R32_C10.sh, hours on a CPU; SEED=1
 # for another seed, SUBSET=64 to rehearse it on as few images

@@ -44,7 +44,7 @@ def penalty(text: str) -> float | str:
 
 
 def parse_args():
-    parser = options.parser(__doc__)
+    parser = options.parser(__doc__, device="cpu")
     options.add_trained(parser, penalty, "; input: the file has an input for it")
     add = parser.add_argument
     add("--out", type=Path, help="the file to write")
@@ -69,7 +69,6 @@ def parse_args():
     )
     add("--opset", type=options.count, default=17, help="version of ONNX's operators")
     add("--batch_size", type=options.count, default=250, help="images a step in PyTorch")
-    parser.set_defaults(device="cpu")
     args = parser.parse_args()
     if args.page and not args.out:
         args.out = args.page / "model.onnx"

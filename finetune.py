@@ -22,7 +22,7 @@ def parse_args():
     options.add_policy_stage(parser, epoch_step=1600, penalty=-5.0)
     options.add_static(parser)
     add = parser.add_argument
-    add("--pretrained", help="stage-1 checkpoint to start from")
+    add("--pretrained", help="checkpoint to start from: of stage 1, or of stage 2 with its ResNet")
     add(
         "--resnet_lr",
         type=options.positive,

@@ -361,10 +361,9 @@ def main() -> None:
           f"{predicted.flops:.3g}", len(facts.distinct(predicted.policies)[0]), len(blocks)]],
     )  # fmt: skip
     part = f", --subset {args.subset}: the first images only" if args.subset else ""
-    penalty = next(
-        (p for one in all_predicted if (p := one.trained.args.penalty) is not None), None
-    )
-    part = f", --penalty {penalty:g}{part}" if penalty is not None else part
+    penalty = predicted.trained.args.penalty  # None where this one cannot choose for it
+    if args.penalty is not None:
+        part = f"{', others at' if penalty is None else ','} --penalty {args.penalty:g}{part}"
     source = f"<code>{html.escape(str(predicted.path))}</code>, {predicted.kind}{part}"
     head = f'<p class="soft">{source}</p>{head}'
     print(report.write(f"{predicted.config.name}: what the policy has learned", head))

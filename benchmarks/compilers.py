@@ -40,7 +40,7 @@ CHECKED = 4  # of them, for logits
 
 
 def parse_args():
-    parser = options.parser(__doc__)
+    parser = options.parser(__doc__, device="cpu")
     add_network_that_decides(parser)
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to try")
@@ -48,7 +48,7 @@ def parse_args():
     add("--json", type=Path, help="also write the figures to this file")
     add("--work", type=Path, default=Path("cv/compilers"), help="where ExecuTorch is")
     add("--report", type=Path, help="what a process of its own is called with; not for users")
-    parser.set_defaults(device="cpu", policy=None)
+    parser.set_defaults(policy=None)
     return parser.parse_args()
 
 

@@ -133,14 +133,14 @@ COUNTERS = {
 
 
 def parse_args():
-    parser = options.parser(__doc__)
+    parser = options.parser(__doc__, device="cpu")
     add_network_that_decides(parser)
     add = parser.add_argument
     add("--tools", nargs="+", choices=COUNTERS, default=list(COUNTERS), help="which counters")
     add("--work", type=Path, default=Path("cv/counters"), help="where the packages are")
     add("--json", type=Path, help="also write the figures to this file")
     add("--report", type=Path, help="what a process of its own is called with; not for users")
-    parser.set_defaults(device="cpu", policy=None)
+    parser.set_defaults(policy=None)
     return parser.parse_args()
 
 

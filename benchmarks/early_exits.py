@@ -33,7 +33,7 @@ TIMED = {1: 150, 256: 4}  # batches of a size
 
 
 def parse_args():
-    parser = options.parser(__doc__, model="R32_C10")
+    parser = options.parser(__doc__, device="cpu", model="R32_C10")
     add = parser.add_argument
     options.add_base(parser)
     add("--load", required=True, help="our curve on the same base, of a warm start")
@@ -42,7 +42,7 @@ def parse_args():
     add("--work", type=Path, default=Path("cv/early_exits"), help="heads are kept here and reused")
     add("--picture", type=Path, help="also draw accuracy against FLOPs to this file")
     add("--json", type=Path, help="also write the figures to this file")
-    parser.set_defaults(device="cpu", policy=None, penalty=None, batch_size=128)
+    parser.set_defaults(policy=None, penalty=None, batch_size=128)
     return parser.parse_args()
 
 

@@ -37,7 +37,7 @@ from engine.storage import ROOT
 from models import capabilities
 
 OLDEST = (2, 11)  # of torch, as in requirements.txt
-NEEDED = ("numpy", "tqdm", "pytest")
+NEEDED = ("numpy", "tqdm", "pytest", "PIL", "filelock", "torchvision")
 TENSORBOARD = ("tensorboardX", "tensorboard")  # one of them
 PRECISIONS = ("fp32", "tf32", "bf16")
 BATCHES = (1, 32, 256, 1024, 4096)

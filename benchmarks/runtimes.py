@@ -37,7 +37,7 @@ OPSET = 17
 
 
 def parse_args():
-    parser = options.parser(__doc__)
+    parser = options.parser(__doc__, device="cpu")
     add_network_that_decides(parser)
     add = parser.add_argument
     add("--threads", type=options.count, nargs="+", default=[1, 2])
@@ -45,7 +45,7 @@ def parse_args():
     add("--budget", type=options.positive, default=120.0, help="seconds a number of threads")
     add("--accuracy", type=options.count, help="also each file's accuracy on the first N images")
     add("--json", type=Path, help="also write the figures to this file")
-    parser.set_defaults(device="cpu", policy=None, batch_size=250)
+    parser.set_defaults(policy=None, batch_size=250)
     return parser.parse_args()
 
 

@@ -39,14 +39,14 @@ WHAT = ("blocks", "batch", "images", "processes")
 
 
 def parse_args():
-    parser = options.parser(__doc__)
+    parser = options.parser(__doc__, device="cpu")
     add = parser.add_argument
     add("--what", nargs="+", choices=WHAT, default=list(WHAT), help="what is to grow")
     add("--repeats", type=options.count, default=5, help="calls, of which the fastest counts")
     add("--picture", type=Path, help="also draw it to this file")
     add("--json", type=Path, help="also write the figures to this file")
     add("--point", nargs=2, metavar=("WHAT", "N"), help="only print this one's figures")
-    parser.set_defaults(model="R32_C10", device="cpu")
+    parser.set_defaults(model="R32_C10")
     return parser.parse_args()
 
 

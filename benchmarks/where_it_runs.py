@@ -75,14 +75,14 @@ TOOLS = [
 
 
 def parse_args():
-    parser = options.parser(__doc__)
+    parser = options.parser(__doc__, device="cpu")
     add_network_that_decides(parser)
     add = parser.add_argument
     add("--static", default="distribute:7", help="the static policy of the file beside it")
     add("--tools", nargs="+", metavar="NAME", help="of: " + " ".join(t.call for t in TOOLS))
     add("--work", type=Path, default=Path("cv/where_it_runs"), help="where the environments are")
     add("--json", type=Path, help="also write the figures to this file")
-    parser.set_defaults(device="cpu", policy=None, batch_size=250, subset=AMONG)
+    parser.set_defaults(policy=None, batch_size=250, subset=AMONG)
     args = parser.parse_args()
     unknown = set(args.tools or ()) - {tool.call for tool in TOOLS}
     if unknown:

@@ -15,6 +15,8 @@ from models import Checkpoint, Config
 from . import ranks, storage
 from .process import UserError, user_errors
 
+WEIGHTS = {".t7", ".pt", ".pth", ".ckpt", ".bin", ".safetensors"}  # endings of files
+
 Normalisation = Sequence[Sequence[float]]  # mean and deviation of three channels
 
 
@@ -26,7 +28,8 @@ def base_directory(model: str) -> Path:
 def find_base(
     model: str, given: str | None, is_published: bool = False, option: str = "--base"
 ) -> Path | None:
-    """The pretrained ResNet: the one given, or the only one in cv/pretrained/<model>/.
+    """The pretrained ResNet: the one given, or the only one in cv/pretrained/<model>/, named as
+    `pretrain.py` does or in any way.
 
     None where there is none but torchvision publishes one. Raises UserError, saying how to get
     one, when there is none at all or a choice, by `option`, is needed.
@@ -35,6 +38,8 @@ def find_base(
         return Path(given)
     folder = Path(given or base_directory(model))
     found = sorted(folder.glob("pk_E_*_A_*.t7"))
+    if not found and not (folder / storage.LAST).exists():  # of no run that is under way
+        found = sorted(path for path in folder.glob("*") if path.suffix in WEIGHTS)
     if not found and is_published and given is None:
         return None
     if not found:

@@ -184,8 +184,8 @@ def load(
 
     Without `training` no training images are loaded and their loader is None.
 
-    `--val_split N` evaluates on the last N training images, which training then leaves out;
-    `--subset N` keeps the first N images of both.
+    `--val_split N` evaluates on the last N training images, of pictures on N that are drawn once,
+    and training leaves these out; `--subset N` keeps the first N images of both.
     """
     read = pictures.load if config.has_pictures else load_arrays
     loaders = read(config, args, device, training)

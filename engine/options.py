@@ -17,7 +17,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help that tells the defaults of the options that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        told = action.default is None or "(default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,11 +86,11 @@ fraction = number(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 alpha = number(float, lambda v: 0.5 < v <= 1, "in (0.5, 1]")
 
 
-def parser(description: str, model: str = "R110_C10") -> Parser:
+def parser(description: str, model: str = "R110_C10", device: str | None = None) -> Parser:
     """A parser with what every script takes: model, data, device, arithmetic, quick looks."""
     options = Parser(description=description)
     add = options.add_argument
-    add("--model", default=model, help="network and data set, such as R110_C10")
+    add("--model", default=model, help=f"network and data set, such as {model}")
     add("--data_dir", default="data/", help="where the data set is, or is to be downloaded to")
     add(
         "--precision",
@@ -97,7 +98,10 @@ def parser(description: str, model: str = "R110_C10") -> Parser:
         default="fp32",
         help="arithmetic; tf32 is fp32 in which GPUs round what they multiply, bf16 autocasts",
     )
-    add("--device", type=device_name, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    where = "a GPU if there is one" if device is None else device
+    add(
+        "--device", type=device_name, default=device, help=f"cpu, cuda or cuda:N (default: {where})"
+    )
     add(
         "--workers",
         type=amount,
@@ -110,7 +114,7 @@ def parser(description: str, model: str = "R110_C10") -> Parser:
         "--val_split",
         type=amount,
         default=0,
-        help="evaluate on the last N training images (ImageNet: N drawn once) and leave them out "
+        help="evaluate on the last N training images (pictures: N drawn once) and leave them out "
         "of training",
     )
     add("--image_size", type=side, help="side of the pictures of a _Folder model (default: 224)")
@@ -184,7 +188,7 @@ def add_training(
     add = options.add_argument
     add("--lr", type=positive, default=lr, help="learning rate")
     add("--wd", type=weight, default=wd, help="weight decay")
-    add("--load", help="continue this run: a checkpoint, or the cv_dir that holds last.t7")
+    add("--load", help="continue this run: a checkpoint, or the run's directory")
     add("--cv_dir", help=f"where checkpoints and logs go (default: that of --load, or {cv_dir})")
     add("--batch_size", type=count, default=256, help="images a step")
     add("--max_epochs", type=count, default=max_epochs, help="epochs in all, resumed ones included")
@@ -213,14 +217,14 @@ def add_policy_stage(options: Parser, epoch_step: int, penalty: float) -> None:
         "--schedule",
         choices=("step", "cosine"),
         default="step",
-        help="of the learning rate: steps as released, or a cosine to zero at the last epoch",
+        help="of the learning rate: steps as released, or a cosine to zero behind the last epoch",
     )
     add("--penalty", type=no_reward, default=penalty, help="reward of a wrong prediction, -gamma")
     add(
         "--epoch_step",
         type=count,
         default=epoch_step,
-        help="epochs between learning-rate steps, from the end of a warm start",
+        help="epochs between learning-rate steps, in stage 1 from the end of a warm start",
     )
     add("--lr_decay_ratio", type=positive, default=0.1, help="learning-rate factor at a step")
     add(

@@ -26,7 +26,8 @@ TIMED_BYTES = 2**29  # of images that are held meanwhile
 def decision_flops(resnet: nn.Module, policy: nn.Module | None, input_size) -> int:
     """FLOPs an image of the policy, or of the gates that are not always open."""
     if not resnet.decides:
-        return 0 if isinstance(policy, StaticPolicy) else utils.count_flops(policy, input_size)
+        is_static = policy is None or isinstance(policy, StaticPolicy)
+        return 0 if is_static else utils.count_flops(policy, input_size)
     seen: dict[nn.Module, tuple] = {}  # by the gates that are asked
     hooks = [
         gate.register_forward_pre_hook(lambda gate, given: seen.update({gate: given[0].shape[1:]}))

@@ -1,7 +1,8 @@
-"""The whole method on real CIFAR-10, on any processor: what `make demo` runs.
+"""Both stages in short on real CIFAR-10, on any processor: what `make demo` runs.
 
-On the base that comes along, stage 1 learns one policy network for every penalty, stage 2 trains
-both networks for one. Sizes are fixed: on a slow or busy machine the result is as good, but later.
+On the base that comes along, the warm start of stage 1 learns one policy network for every penalty,
+and stage 2 trains both networks for one, by policy gradient. The curriculum is left out, for time.
+Sizes are fixed: on a slow or busy machine the result is as good, but later.
 """
 
 import os

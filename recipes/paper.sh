@@ -3,6 +3,7 @@
 # 2,000 of both networks, on the base that comes with the repository, or another in BASE.
 #
 #     sh recipes/paper.sh                      goes on where it was stopped
+#     SUBSET=64 sh recipes/paper.sh            on so few images, as many epochs
 #     sh recipes/paper.sh --max_minutes 600    stops by itself after so long
 MODEL=R110_C10
 MINUTES=

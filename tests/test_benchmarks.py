@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import torch
-from conftest import script_module
+from conftest import refused, script_module
 from test_graphs import remember
 from test_models import random_norms
 
 import deploy
 import engine
 import models
+import utils
 from engine import UserError, trained
 from engine.storage import ROOT
 
@@ -237,3 +238,50 @@ def test_a_data_set_travels_in_parts(tmp_path):
     moved.rename(made[2])
     parts.join(tmp_path / "parts", target)
     assert target.read_bytes() == content
+
+
+def test_images_are_held_while_they_are_timed(monkeypatch):
+    """A loader whose workers go on decoding would take their time from what is timed."""
+
+    class Once(Five):
+        asked = 0
+
+        def epoch(self, _):
+            self.asked += 1
+            return super().epoch(_)
+
+    test = Once()
+    model = trained.TrainedModel.__new__(trained.TrainedModel)
+    model.deployed = lambda: (lambda images: None, lambda images: None)
+    model.time(test, 2)
+    assert test.asked == 1
+    monkeypatch.setattr(trained, "TIMED_BYTES", 4)
+    held = trained.Held(Five(), 2)
+    assert len(held.batches) == 1
+
+
+def test_flops_of_masked_execution_are_of_the_blocks_that_any_image_keeps(graphs, monkeypatch):
+    inference = script_module("benchmarks/inference")
+    monkeypatch.setattr(inference, "interleaved", lambda calls, *_: dict.fromkeys(calls, 1.0))
+    monkeypatch.setattr(inference, "conv_gflops", lambda *_: 1.0)
+    config = models.config("R14_C10")
+    resnet, _ = models.build("R14_C10")
+    policies = torch.zeros(2, 3, 6)
+    policies[0, 0, 0] = policies[0, 1, 1] = policies[1, :, 2] = 1
+    args = argparse.Namespace(busy=[0], repeats=1, budget=1.0, only="", no_compile=True,
+                              model="R14_C10")  # fmt: skip
+    x = torch.randn(3, 3, 32, 32)
+    rows = inference.rows_of(resnet.eval(), None, config, policies, x, "fp32", args)
+    ratios = {row["contender"]: row["flop_ratio"] for row in rows}
+    fixed, per_block = utils.block_flops(resnet, (3, 32, 32))
+    full = fixed + per_block.sum().item()
+    masked = fixed + (per_block[0] + per_block[1] + per_block[2]).item() / 2
+    ours = fixed + (per_block[0] / 3 + per_block[1] / 3 + per_block[2]).item() / 2
+    assert ratios["masked, eager"] == pytest.approx(full / masked)
+    assert ratios["ours, deployed"] == pytest.approx(full / ours)
+
+
+def test_a_benchmark_of_processes_passes_errors_on(run, cifar_dir, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    given = ["--model", "AIG8_C10", "--data_dir", cifar_dir, "--skip_data_check", "--rounds", 1]
+    refused(run("benchmarks/processes", *given), "pretrain.py: ", "AIG8_C10 is a model of ConvNet")

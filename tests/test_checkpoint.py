@@ -185,6 +185,23 @@ def test_base_is_found_or_asked_for(tmp_path, monkeypatch):
     assert str(bases.find_base("R32_C10", "my.t7")) == "my.t7"
 
 
+def test_a_base_of_any_name_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "ROOT", tmp_path)
+    folder = tmp_path / "cv" / "pretrained" / "R32_C10"
+    folder.mkdir(parents=True)
+    (folder / "README.md").touch()
+    with pytest.raises(UserError, match="no pretrained ResNet"):
+        bases.find_base("R32_C10", None)
+    (folder / "resnet32.pth").touch()
+    assert bases.find_base("R32_C10", None) == folder / "resnet32.pth"
+    assert bases.find_base("R32_C10", str(folder)) == folder / "resnet32.pth"
+    (folder / "last.t7").touch()  # of a run that is under way
+    with pytest.raises(UserError, match="no pretrained ResNet"):
+        bases.find_base("R32_C10", None)
+    (folder / "pk_E_1_A_0.900.t7").touch()
+    assert bases.find_base("R32_C10", None) == folder / "pk_E_1_A_0.900.t7"
+
+
 def test_a_named_directory_without_a_base_is_refused(tmp_path):
     """Also for a model whose weights torchvision publishes, which are for where none is named."""
     with pytest.raises(engine.UserError, match="no pretrained ResNet"):

@@ -72,3 +72,26 @@ def test_no_gpu_and_several_images_are_refused():
         deploy.record(fast, fast_policy, torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError, match="2 images: .* one at a time"):
         deploy.record(fast, fast_policy, torch.randn(2, 3, 32, 32), remember)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (1, 3, 1, 32), (), (2, 3, 32, 32)])
+def test_images_of_another_shape_are_refused(shape):
+    """A copy would spread them over the recorded image."""
+    _, _, (fast, fast_policy) = pair("R14_C10")
+    example = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    run = deploy.record(fast, fast_policy, example, remember)
+    with pytest.raises(ValueError, match="recorded were"):
+        run(torch.zeros(shape, dtype=torch.float64))
+    with pytest.raises(ValueError, match="recorded were"):
+        GraphPerBlock(fast, example, remember)(
+            torch.zeros(shape, dtype=torch.float64), torch.ones(1, 6, dtype=torch.float64)
+        )
+
+
+def test_only_deployed_resnets_with_a_policy_are_recorded():
+    resnet, policy, (fast, _) = pair("R14_C10")
+    example = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    gated, nothing = models.deploy(models.build("AIG14_C10")[0].eval(), None)
+    for network, decide in ((resnet, policy), (fast, None), (gated, nothing)):
+        with pytest.raises(ValueError, match="graphs are recorded of what deploy gives"):
+            deploy.record(network, decide, example, remember)
