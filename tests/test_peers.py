@@ -152,6 +152,7 @@ def test_an_epoch_is_neither_the_first_nor_one_with_an_evaluation(benchmark, mon
         folder = command[command.index("--cv_dir") + 1]
         with open(f"{folder}/metrics.jsonl", "w") as file:
             file.write('{"seconds": 9}\n{"seconds": 5}\n{"seconds": 8}\n')
+        return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(processes.subprocess, "run", run)
     assert processes.epoch(2, 1, "pretrain.py", "--subset", 8)["seconds"] == 5
