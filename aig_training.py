@@ -142,7 +142,7 @@ def main() -> None:
         run.place(net)
         run.extras["targets"] = targets.tolist()
         targets = targets.to(run.device)
-        learner = run.wrap(net)
+        learner = run.wrap(net, drops=bool((targets >= 1).any()))  # whose gates are not asked
         optimizer = make_optimizer(net, args)
         run.restore(state_dict=net, optimizer=optimizer)
         net.set_targets(run.extras["targets"])  # which may be others than those of --load

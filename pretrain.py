@@ -110,7 +110,7 @@ def main() -> None:
         if not args.load:
             load_start(run, resnet)
         run.place(resnet)
-        if args.pretrained and config.dataset != "Folder":
+        if args.pretrained and not args.load and config.dataset != "Folder":
             run.tell_accuracy(resnet, test)
         optimizer = schedule.sgd(resnet, args.lr, args.wd)
         learner = run.wrap(resnet)

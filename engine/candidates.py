@@ -24,11 +24,11 @@ def find(resnet: Network, loader: Loader, stages: tuple[int, ...], precision: st
     batches = loop.first_batches(loader, IMAGES)
 
     def loss(policy: Tensor) -> float:
-        error = torch.zeros((), dtype=torch.float64, device=batches[0][0].device)
+        error = torch.zeros((), dtype=torch.float64)  # a rank may have none of the first images
         for images, labels in batches:
             with autocast(images.device, precision):
                 logits = resnet(images, policy.to(images).expand(len(images), -1))
-            error += F.cross_entropy(logits.double(), labels, reduction="sum")
+            error += F.cross_entropy(logits.double(), labels, reduction="sum").cpu()
         return ranks.total(error).item()
 
     return utils.candidate_policies(stages, loss)

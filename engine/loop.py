@@ -252,11 +252,13 @@ def evaluate(step: TestStep, loader: Loader, precision: str, label: str = "evalu
 
 def first_batches(loader: Loader, count: int) -> list[tuple[Tensor, Tensor]]:
     """This rank's part of the first images of an epoch that no training has, and their labels."""
-    batches, missing = [], count // ranks.world()
-    for images, labels, _ in loader.epoch(0):
-        batches.append((images[:missing], labels[:missing]))
-        missing -= len(images)
-        if missing <= 0:
+    batches = []
+    for images, labels, shard in loader.epoch(0):
+        missing = count - shard.step * loader.batch_size
+        wanted = max(0, missing - shard.start)  # all ranks together have the first `count`
+        if wanted:
+            batches.append((images[:wanted], labels[:wanted]))
+        if missing <= loader.batch_size:
             break
     return batches
 

@@ -101,6 +101,11 @@ def plan(
         raise UserError(
             f"{target} already holds a run: go on with --load {target}, or choose another --cv_dir"
         )
+    if is_new and any(target.glob("ckpt_*.t7")):  # as what is shipped, without optimizer states
+        raise UserError(
+            f"{target} holds checkpoints and no {storage.LAST}: go on with --load {target}, or one "
+            "of them, or choose another --cv_dir"
+        )
     told = changes(loaded, args) if is_new else []
     told += [] if finished else told_changes(loaded, args)
     notes = tuple(f"--{name} {now} (was {before})" for name, before, now in told)

@@ -248,12 +248,31 @@ class Knows(torch.nn.Module):
 
 
 class Numbered:
-    """A loader of 1,000 images that show their number, of class number % 7."""
+    """A loader of 1,000 images that show their number, of class number % 7; a rank's part of it."""
+
+    num_images, batch_size = 1000, 200
+
+    def __init__(self, rank=0, world=1):
+        self.rank, self.world = rank, world
 
     def epoch(self, epoch, skip=0):
         for first in range(0, 1000, 200):
-            numbers = torch.arange(first, first + 200.0)
-            yield numbers.view(-1, 1, 1, 1).expand(-1, 3, 2, 2), numbers.long() % 7, None
+            part = 200 // self.world
+            start = self.rank * part
+            numbers = torch.arange(first + start, first + start + part + 0.0)
+            shard = engine.Shard(start, start + part, 200, step=first // 200)
+            yield numbers.view(-1, 1, 1, 1).expand(-1, 3, 2, 2), numbers.long() % 7, shard
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_together_have_the_first_images(world):
+    """As many processes find the same candidates."""
+    found = []
+    for rank in range(world):
+        for images, labels in loop.first_batches(Numbered(rank, world), 450):
+            assert len(images) == len(labels) > 0
+            found += images[:, 0, 0, 0].long().tolist()
+    assert sorted(found) == list(range(450))
 
 
 def test_the_first_images_tell_how_good_a_resnet_is():

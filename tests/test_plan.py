@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 import pytest
+from conftest import refused
 
 import models
 from engine import UserError, resume, storage
@@ -79,3 +80,15 @@ def test_another_end_of_a_cosine_is_told(begun, tmp_path, schedule, told, place)
 def test_a_finished_run_is_only_told_of(begun):
     plan = resume.plan(options(load=str(begun), max_epochs=2, penalty=-9.0), 1, CONFIG, "cv/tmp/")
     assert plan.progress()[0] == 2 and plan.notes == ()
+
+
+def test_checkpoints_without_a_last_one_are_not_written_over(run, common, base_file, tmp_path):
+    """As what is shipped, or a run whose last.t7 was damaged and deleted."""
+    folder = tmp_path / "cl"
+    folder.mkdir()
+    (folder / "ckpt_E_1_A_0.900_R_1.00E-01_S_2.00_#_1.t7").touch()
+    (folder / "metrics.jsonl").write_text("kept")
+    given = [*common, "--base", base_file, "--cv_dir", folder, "--max_epochs", 1]
+    for more in ([], ["--resume"]):
+        refused(run("cl_training", *given, *more), "holds checkpoints and no last.t7", "--load")
+    assert (folder / "metrics.jsonl").read_text() == "kept"
