@@ -200,14 +200,10 @@ def metadata(
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
-def training_images(config, args, trained: TrainedModel, num_images: int) -> Iterator[Tensor]:
-    """Batches of the last COUNTED of so many training images, as an evaluation sees them.
-
-    num_images: without those that `--val_split` holds out. Raises UserError where it leaves none.
+def training_images(config, args, trained: TrainedModel, last: int) -> Iterator[Tensor]:
+    """Batches of so many of the last training images, as an evaluation sees them, without those
+    that `--val_split` holds out.
     """
-    last = min(COUNTED, num_images - 1)
-    if last < 1:
-        raise UserError(f"--fixed has no training images to go by: there are {num_images}")
     held_out = args.val_split or 0
     asked = argparse.Namespace(**vars(args) | {"val_split": last + held_out})
     _, counted = engine.data.load(config, asked, trained.device, training=False)
@@ -239,8 +235,11 @@ def main() -> None:
         tried = args.penalties if args.penalty_input else ()
         ranges = onnx_files.calibrate(trained.resnet, trained.policy, train, tried)
     if args.fixed:
-        batches = list(training_images(config, args, trained, train.num_images))
-        seen = sum(map(len, batches))
+        seen = min(COUNTED, train.num_images - 1)
+        if seen < 1:
+            there = train.num_images
+            raise UserError(f"--fixed has no training images to go by: there are {there}")
+        batches = training_images(config, args, trained, seen)
         fixed = onnx_files.fixed_blocks(trained.resnet, trained.policy, batches)
     with engine.user_errors(args.model):
         model = onnx_files.build(
